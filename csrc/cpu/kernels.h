@@ -1,0 +1,121 @@
+// The table of vectorised kernels: what the baseline files (tensors, threads, registration) call,
+// and what every instruction set fills in. Plain pointers and sizes only.
+#pragma once
+
+#include <cstdint>
+
+#include "../philox.h"
+#include "isa.h"
+
+namespace regularizers {
+
+// Storage types of tensors, in the order of the tables below.
+enum StorageType { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3, kStorageTypes = 4 };
+
+// A logical, row-major box of elements and how it lies in memory. `runs` boxes that are contiguous
+// on both sides collapse to one dimension with strides 1.
+constexpr int kMaxDimensions = 16;
+struct StridedBox {
+  int dimensions;
+  int64_t size[kMaxDimensions];
+  int64_t from_stride[kMaxDimensions];
+  int64_t to_stride[kMaxDimensions];
+};
+
+struct DropoutKernels {
+  // to[e] = keep(e) ? scale * from[e] : 0 for logical elements begin <= e < end of one sample.
+  void (*sample)(const StridedBox& box, const void* from, void* to, int64_t begin, int64_t end,
+                 PhiloxStream source, double p);
+  // to[e] = scale * sum over s of (keep_s(e) ? from[s][e] : 0); stream of sample s is s.
+  void (*adjoint)(const StridedBox& box, const void* from, int64_t from_sample_stride,
+                  int64_t num_samples, void* to, int64_t begin, int64_t end, uint64_t seed,
+                  double p);
+};
+
+// One call of masked linear cross-entropy. Effective row e = (row, sample) of a chunk sits at
+// position (row - chunk_row) * chunk_samples + (sample - chunk_sample). A is the accumulation type
+// (double for double, else float).
+struct MaskedLinearCrossEntropy {
+  // Inputs. class_weight and bias are of type A and padded to padded_classes (with 0); null
+  // without.
+  int64_t rows, features, classes, num_samples;
+  const void* x;       // T [rows, features]
+  const void* weight;  // T [classes, features]
+  const void* bias;
+  const int64_t* target;
+  const void* class_weight;
+  int64_t ignore_index;
+  double label_smoothing;
+  double class_weight_sum;
+  uint64_t seed;
+  DropRule rule;
+  double scale;             // 1 / (1 - p)
+  const double* row_scale;  // [rows], gradient of the result with respect to the mean loss of one
+                            // (row, sample)
+  // Scratch, all of type A, but the mask bytes.
+  int64_t padded_classes;
+  void* weight_by_class;    // panels of classes: [panel][features][width]
+  void* weight_by_feature;  // panels of features: [panel][classes][width]
+  int64_t chunk_row, chunk_sample, chunk_samples, chunk_capacity;
+  void* operand;     // masked features, panels of features: [panel][chunk_capacity][width]
+  uint8_t* keep;     // like operand, one byte an element
+  void* logits;      // [chunk_capacity][padded_classes], overwritten by the gradient of the logits
+  void* widened_x;   // [chunk rows][features], for storage types narrower than A
+  void* grad_x_sum;  // likewise
+  // Outputs.
+  double* row_loss;   // [rows], summed over samples
+  void* grad_x;       // T [rows, features] or null
+  void* grad_weight;  // A [classes, features] or null
+  void* grad_bias;    // A [classes] or null
+};
+
+struct MaskedLinearCrossEntropyKernels {
+  int64_t panel_width;
+  // Panels [begin, end) of the two packed forms of the weight.
+  void (*pack_by_class)(const MaskedLinearCrossEntropy& problem, int64_t begin, int64_t end);
+  void (*pack_by_feature)(const MaskedLinearCrossEntropy& problem, int64_t begin, int64_t end);
+  // Rows [begin, end), counted from chunk_row: operand, logits, loss, and with gradients the
+  // gradient of logits and of x.
+  void (*rows)(const MaskedLinearCrossEntropy& problem, int64_t begin, int64_t end, bool gradients);
+  // Adds the chunk's contribution for feature panels [begin, end) / classes [begin, end).
+  void (*weight_gradient)(const MaskedLinearCrossEntropy& problem, int64_t chunk_size,
+                          int64_t begin, int64_t end);
+  void (*bias_gradient)(const MaskedLinearCrossEntropy& problem, int64_t chunk_size, int64_t begin,
+                        int64_t end);
+};
+
+struct Kernels {
+  void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
+  DropoutKernels dropout[kStorageTypes];
+  MaskedLinearCrossEntropyKernels masked_linear_cross_entropy[kStorageTypes];
+};
+
+namespace baseline {
+const Kernels& kernels();
+}
+#if defined(REGULARIZERS_WIDE_X86)
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
+#endif
+
+inline const Kernels& kernels() {
+  static const Kernels& chosen = [&]() -> const Kernels& {
+    switch (chosen_isa()) {
+#if defined(REGULARIZERS_WIDE_X86)
+      case Isa::avx512:
+        return avx512::kernels();
+      case Isa::avx2:
+        return avx2::kernels();
+#endif
+      default:
+        return baseline::kernels();
+    }
+  }();
+  return chosen;
+}
+
+}  // namespace regularizers

@@ -1,0 +1,290 @@
+// Short vectors, conversions and elementary functions for the kernels, compiled once for each
+// instruction set. Raw pointers only, everything inside namespace REGULARIZERS_ISA: a function
+// shared with another instruction set would be kept once by the linker, and a processor without
+// AVX-512 would meet it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../philox.h"
+
+namespace regularizers::REGULARIZERS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), may_alias, aligned(alignof(T))));
+};
+
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+
+template <typename T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <typename T>
+static inline Vector<T> load(const T* from) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(from);
+}
+
+template <typename T>
+static inline void store(T* to, Vector<T> value) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = value;
+}
+
+template <typename T>
+static inline Vector<T> broadcast(T value) {
+  return value -
+         Vector<T>{};  // GCC splats a scalar that meets a vector; x - 0 keeps the sign of zero
+}
+
+// Mask bytes 0x00 and 0xFF widened to lanes of zeros and ones. GCC 12 takes __builtin_convertvector
+// of bytes apart, hence the intrinsics.
+static inline Vector<int32_t> widen_mask(const uint8_t* mask, float) {
+#if defined(__AVX512F__)
+  return (Vector<int32_t>)_mm512_cvtepi8_epi32(
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask)));
+#elif defined(__AVX2__)
+  return (Vector<int32_t>)_mm256_cvtepi8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask)));
+#else
+  Vector<int32_t> lanes;
+  for (int j = 0; j < kLanes<float>; ++j) {
+    lanes[j] = static_cast<int8_t>(mask[j]);
+  }
+  return lanes;
+#endif
+}
+
+static inline Vector<int64_t> widen_mask(const uint8_t* mask, double) {
+#if defined(__AVX512F__)
+  return (Vector<int64_t>)_mm512_cvtepi8_epi64(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask)));
+#elif defined(__AVX2__)
+  return (Vector<int64_t>)_mm256_cvtepi8_epi64(_mm_loadu_si32(mask));
+#else
+  Vector<int64_t> lanes;
+  for (int j = 0; j < kLanes<double>; ++j) {
+    lanes[j] = static_cast<int8_t>(mask[j]);
+  }
+  return lanes;
+#endif
+}
+
+// The value where the mask byte of a lane is 0xFF, zero where it is 0x00.
+template <typename A>
+static inline Vector<A> keep_lanes(const uint8_t* mask, Vector<A> value) {
+  const auto lanes = widen_mask(mask, A{});
+  return (Vector<A>)((decltype(lanes))value & lanes);
+}
+
+// Low 32 bits of every 64-bit lane times a 32-bit constant, all 64 bits of the product: one
+// instruction where there is one, which GCC does not find by itself.
+static inline Vector<uint64_t> multiply_wide(Vector<uint64_t> lanes, uint32_t factor) {
+#if defined(__AVX512F__)
+  return (Vector<uint64_t>)_mm512_mul_epu32((__m512i)lanes, _mm512_set1_epi64(factor));
+#elif defined(__AVX2__)
+  return (Vector<uint64_t>)_mm256_mul_epu32((__m256i)lanes, _mm256_set1_epi64x(factor));
+#elif defined(__SSE2__)
+  return (Vector<uint64_t>)_mm_mul_epu32((__m128i)lanes, _mm_set1_epi64x(factor));
+#else
+  return (lanes & 0xFFFFFFFFu) * static_cast<uint64_t>(factor);
+#endif
+}
+
+// Storage types that are not computed in: bfloat16 and float16 are widened to float on load.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <typename T>
+using Accumulate = typename AccumulateOf<T>::type;
+
+static inline float widen(float value) { return value; }
+static inline double widen(double value) { return value; }
+static inline float widen(bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+static inline float widen(float16 value) {
+  _Float16 half;
+  std::memcpy(&half, &value, sizeof(half));
+  return static_cast<float>(half);
+}
+
+// Rounding to the storage type, to nearest even.
+template <typename T>
+static inline T narrow(Accumulate<T> value);
+template <>
+inline float narrow<float>(float value) {
+  return value;
+}
+template <>
+inline double narrow<double>(double value) {
+  return value;
+}
+template <>
+inline bfloat16 narrow<bfloat16>(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+  const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+  return {static_cast<uint16_t>(is_nan ? 0x7FC0u : rounded >> 16)};
+}
+template <>
+inline float16 narrow<float16>(float value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  float16 result;
+  std::memcpy(&result, &half, sizeof(half));
+  return result;
+}
+
+// exp by x = n ln 2 + r, |r| <= ln(2) / 2, and a Taylor polynomial in r: the truncation error at
+// degree 7 is below 6e-9 (float), at degree 13 below 4e-17 (double). inf, -inf, NaN and the flush
+// to zero below the smallest normal number come out right. libm's own vector exp is reached by GCC
+// only under -ffast-math, which would break those.
+static inline float exponential(float x) {
+  constexpr float kLog2e = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float clamped = x > 89.0f ? 89.0f : (x < -88.0f ? -88.0f : x);
+  const float shifted = clamped * kLog2e + kMagic;
+  const float n = shifted - kMagic;
+  const float r = (clamped - n * kLn2High) - n * kLn2Low;
+  float sum = 1.0f / 5040.0f;
+  sum = sum * r + 1.0f / 720.0f;
+  sum = sum * r + 1.0f / 120.0f;
+  sum = sum * r + 1.0f / 24.0f;
+  sum = sum * r + 1.0f / 6.0f;
+  sum = sum * r + 0.5f;
+  sum = sum * r + 1.0f;
+  sum = sum * r + 1.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  // The low mantissa bits of `shifted` hold n. 2^n is applied in two halves: n reaches 128, which
+  // no exponent holds.
+  const int32_t power = static_cast<int32_t>(bits - 0x4B400000u);
+  const uint32_t first_bits = static_cast<uint32_t>((power >> 1) + 127) << 23;
+  const uint32_t second_bits = static_cast<uint32_t>(power - (power >> 1) + 127) << 23;
+  float first, second;
+  std::memcpy(&first, &first_bits, sizeof(first));
+  std::memcpy(&second, &second_bits, sizeof(second));
+  const float result = sum * first * second;
+  return x < -87.33654f ? 0.0f : result;
+}
+
+static inline double exponential(double x) {
+  constexpr double kLog2e = 1.4426950408889634074, kLn2High = 6.93147180369123816490e-01;
+  constexpr double kLn2Low = 1.90821492927058770002e-10;
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  const double clamped = x > 710.0 ? 710.0 : (x < -709.0 ? -709.0 : x);
+  const double shifted = clamped * kLog2e + kMagic;
+  const double n = shifted - kMagic;
+  const double r = (clamped - n * kLn2High) - n * kLn2Low;
+  double sum = 1.0 / 6227020800.0;
+  sum = sum * r + 1.0 / 479001600.0;
+  sum = sum * r + 1.0 / 39916800.0;
+  sum = sum * r + 1.0 / 3628800.0;
+  sum = sum * r + 1.0 / 362880.0;
+  sum = sum * r + 1.0 / 40320.0;
+  sum = sum * r + 1.0 / 5040.0;
+  sum = sum * r + 1.0 / 720.0;
+  sum = sum * r + 1.0 / 120.0;
+  sum = sum * r + 1.0 / 24.0;
+  sum = sum * r + 1.0 / 6.0;
+  sum = sum * r + 0.5;
+  sum = sum * r + 1.0;
+  sum = sum * r + 1.0;
+  uint64_t bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  const int64_t power = static_cast<int64_t>(bits - 0x4338000000000000ull);
+  const uint64_t first_bits = static_cast<uint64_t>((power >> 1) + 1023) << 52;
+  const uint64_t second_bits = static_cast<uint64_t>(power - (power >> 1) + 1023) << 52;
+  double first, second;
+  std::memcpy(&first, &first_bits, sizeof(first));
+  std::memcpy(&second, &second_bits, sizeof(second));
+  const double result = sum * first * second;
+  return x < -708.39641853226408 ? 0.0 : result;
+}
+
+// Philox words for kBlockElements consecutive elements (kBlockCalls calls, the first is `call`), in
+// element order. A counter word lives in the low half of a 64-bit lane. The high half may hold
+// anything: multiply_wide does not read it, so a round is two products, two shifts and four
+// exclusive ors, with no masking.
+constexpr int kBlockCalls = 32;
+constexpr int kBlockElements = kBlockCalls * kWordsPerCall;
+
+static inline void philox_block(const PhiloxStream& source, uint64_t call, uint32_t* words) {
+  constexpr int kCalls = kLanes<uint64_t>;
+  constexpr int kGroups =
+      kBlockCalls / kCalls;  // independent chains, to cover the latency of the products
+  Vector<uint64_t> c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
+  Vector<uint64_t> lane;
+  for (int j = 0; j < kCalls; ++j) {
+    lane[j] = static_cast<uint64_t>(j);
+  }
+  for (int g = 0; g < kGroups; ++g) {
+    const Vector<uint64_t> counter = lane + (call + static_cast<uint64_t>(g * kCalls));
+    c0[g] = counter;
+    c1[g] = counter >> 32;
+    c2[g] = broadcast<uint64_t>(source.stream);
+    c3[g] = broadcast<uint64_t>(source.step);
+  }
+  uint32_t key0 = static_cast<uint32_t>(source.seed),
+           key1 = static_cast<uint32_t>(source.seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) {
+      const Vector<uint64_t> product0 = multiply_wide(c0[g], kPhiloxMultiplier0);
+      const Vector<uint64_t> product2 = multiply_wide(c2[g], kPhiloxMultiplier2);
+      c0[g] = (product2 >> 32) ^ c1[g] ^ static_cast<uint64_t>(key0);
+      c1[g] = product2;
+      c2[g] = (product0 >> 32) ^ c3[g] ^ static_cast<uint64_t>(key1);
+      c3[g] = product0;
+    }
+    key0 += kPhiloxKeyBump0;
+    key1 += kPhiloxKeyBump1;
+  }
+  // Words 0 and 1 of a call share a lane, 2 and 3 another; then the lanes of the two interleave.
+  Vector<uint64_t> low_half, high_half;
+  for (int j = 0; j < kCalls; ++j) {
+    low_half[j] = static_cast<uint64_t>(j / 2 + (j % 2) * kCalls);
+    high_half[j] = static_cast<uint64_t>(kCalls / 2 + j / 2 + (j % 2) * kCalls);
+  }
+  uint64_t* pairs = reinterpret_cast<uint64_t*>(words);
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroups; ++g) {
+    const Vector<uint64_t> first = (c0[g] & 0xFFFFFFFFu) | (c1[g] << 32);
+    const Vector<uint64_t> second = (c2[g] & 0xFFFFFFFFu) | (c3[g] << 32);
+    store(pairs + 2 * g * kCalls, __builtin_shuffle(first, second, low_half));
+    store(pairs + 2 * g * kCalls + kCalls, __builtin_shuffle(first, second, high_half));
+  }
+}
+
+}  // namespace regularizers::REGULARIZERS_ISA

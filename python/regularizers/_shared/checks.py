@@ -1,0 +1,66 @@
+"""Argument checks that read like sentences: each one names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_probability(name: str, value: float, *, one_allowed: bool = True) -> None:
+    """Raise unless ``value`` lies in [0, 1], or in [0, 1) where one makes no sense."""
+    if not (0.0 <= value <= 1.0) or (value == 1.0 and not one_allowed):
+        raise ValueError(f"{name} must lie in [0, 1{']' if one_allowed else ')'}, got {value}")
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` is a tensor of one of the four floating-point types that the kernels know."""
+    check_tensor(name, tensor)
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
+    """Raise unless ``tensor`` has ``shape``, where None stands for any size; ``meaning`` spells the shape out."""
+    fits = tensor.dim() == len(shape) and all(
+        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have shape {meaning}, got {list(tensor.shape)}")
+
+
+def check_same_device(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Raise unless both tensors are on one device."""
+    if tensor.device != reference.device:
+        raise ValueError(
+            f"{name} must be on the device of {reference_name} ({reference.device}), got {tensor.device}"
+        )
+
+
+def check_same_dtype(name: str, tensor: Tensor, reference_name: str, reference: Tensor) -> None:
+    """Raise unless both tensors have one dtype."""
+    if tensor.dtype != reference.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of {reference_name} ({reference.dtype}), got {tensor.dtype}"
+        )

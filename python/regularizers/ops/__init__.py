@@ -1,0 +1,13 @@
+"""The fused operators: functions of tensors and a seed, with one kernel a device and a plain reference for all others."""
+
+from regularizers.ops.dropout import dropout_samples
+from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
+from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
+
+__all__ = [
+    "dropout_mask",
+    "dropout_samples",
+    "multi_sample_dropout_cross_entropy",
+    "philox_4x32",
+    "philox_words",
+]
