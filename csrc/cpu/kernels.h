@@ -57,14 +57,13 @@ struct MaskedLinearCrossEntropy {
   void* weight_by_class;    // panels of classes: [panel][features][width]
   void* weight_by_feature;  // panels of features: [panel][classes][width]
   int64_t chunk_row, chunk_sample, chunk_samples, chunk_capacity;
-  void* operand;     // masked features, panels of features: [panel][chunk_capacity][width]
-  uint8_t* keep;     // like operand, one byte an element
-  void* logits;      // [chunk_capacity][padded_classes], overwritten by the gradient of the logits
-  void* widened_x;   // [chunk rows][features], for storage types narrower than A
-  void* grad_x_sum;  // likewise
+  void* operand;    // masked features, panels of features: [panel][chunk_capacity][width]
+  uint8_t* keep;    // like operand, one byte an element
+  void* logits;     // [chunk_capacity][padded_classes], overwritten by the gradient of the logits
+  void* widened_x;  // [chunk rows][features], for storage types narrower than A
   // Outputs.
   double* row_loss;   // [rows], summed over samples
-  void* grad_x;       // T [rows, features] or null
+  void* grad_x;       // A [rows, features] or null
   void* grad_weight;  // A [classes, features] or null
   void* grad_bias;    // A [classes] or null
 };

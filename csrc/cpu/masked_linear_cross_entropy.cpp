@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common.h"
@@ -125,7 +126,7 @@ struct Plan {
 
 // Everything a call allocates besides its results, a slice for each group.
 struct Scratch {
-  Tensor weight_by_class, weight_by_feature, operand, keep, logits, widened_x, grad_x_sum;
+  Tensor weight_by_class, weight_by_feature, operand, keep, logits, widened_x;
 
   Scratch(const Inputs& inputs, const MaskedLinearCrossEntropy& problem, const Plan& plan,
           bool wants_x) {
@@ -144,10 +145,20 @@ struct Scratch {
     keep = allocate(true, {plan.groups, feature_panels, capacity, width}, ScalarType::Byte);
     logits = allocate(true, {plan.groups, capacity, problem.padded_classes}, wide);
     widened_x = allocate(narrow, {plan.groups, plan.chunk_rows, problem.features}, wide);
-    grad_x_sum =
-        allocate(narrow && wants_x, {plan.groups, plan.chunk_rows, problem.features}, wide);
   }
 };
+
+const void* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+// Sum over the groups, the first dimension.
+Tensor total(const Tensor& groups) {
+  const int64_t dimension = 0;
+  return groups.size(0) == 1
+             ? torch::stable::select(groups, 0, 0)
+             : torch::stable::sum(groups, torch::headeronly::IntHeaderOnlyArrayRef(&dimension, 1));
+}
 
 void* slice(const Tensor& tensor, int64_t group) {
   return static_cast<char*>(tensor.mutable_data_ptr()) +
@@ -184,30 +195,8 @@ void run_group(const MaskedLinearCrossEntropyKernels& kernel, MaskedLinearCrossE
   }
 }
 
-// Sum over the groups, in the storage type.
-Tensor total(const Tensor& groups, ScalarType dtype) {
-  const int64_t dimension = 0;
-  const Tensor sum =
-      groups.size(0) == 1
-          ? torch::stable::select(groups, 0, 0)
-          : torch::stable::sum(groups, torch::headeronly::IntHeaderOnlyArrayRef(&dimension, 1));
-  return torch::stable::to(sum, dtype);
-}
-
-struct Result {
-  std::vector<double> row_loss;  // [rows], mean over the samples
-  Tensor grad_x, grad_weight, grad_bias;
-};
-
-// One pass over all rows and samples. row_gradient [rows] is the gradient of the result with
-// respect to a row's loss.
-Result run(const Inputs& inputs, int64_t gradients, const std::vector<double>& row_gradient) {
-  using torch::stable::parallel_for;
-  const MaskedLinearCrossEntropyKernels& kernel = inputs.kernel();
-  const ScalarType wide = accumulate_type(inputs.type);
-  const bool wants_x = gradients & kGradX, wants_weight = gradients & kGradWeight,
-             wants_bias = gradients & kGradBias;
-
+// The part of a problem that the arguments fix; scratch and results are still empty.
+MaskedLinearCrossEntropy describe(const Inputs& inputs) {
   MaskedLinearCrossEntropy problem{};
   problem.rows = inputs.rows();
   problem.features = inputs.features();
@@ -215,26 +204,39 @@ Result run(const Inputs& inputs, int64_t gradients, const std::vector<double>& r
   problem.padded_classes = inputs.padded_classes;
   problem.rule = drop_rule(inputs.p);
   problem.scale = problem.rule.drops ? keep_scale(inputs.p) : 1.0;
-  problem.num_samples =
-      problem.rule.drops ? inputs.num_samples : 1;  // without dropout all samples are equal
+  // Without dropout all samples are equal.
+  problem.num_samples = problem.rule.drops ? inputs.num_samples : 1;
   problem.seed = inputs.seed;
   problem.x = inputs.x.const_data_ptr();
   problem.weight = inputs.weight.const_data_ptr();
-  problem.bias = inputs.bias.has_value() ? inputs.bias->const_data_ptr() : nullptr;
+  problem.bias = data_or_null(inputs.bias);
   problem.target = inputs.targets();
   problem.ignore_index = inputs.ignore_index;
   problem.label_smoothing = inputs.label_smoothing;
-  problem.class_weight =
-      inputs.class_weight.has_value() ? inputs.class_weight->const_data_ptr() : nullptr;
+  problem.class_weight = data_or_null(inputs.class_weight);
   for (const double value : inputs.class_weights) {
     problem.class_weight_sum += value;
   }
-  const double each = 1.0 / static_cast<double>(problem.num_samples);
-  std::vector<double> row_scale(row_gradient);
-  for (double& value : row_scale) {
-    value *= each;
+  return problem;
+}
+
+// Results of type A.
+struct Result {
+  std::vector<double> row_loss;  // [rows], mean over the samples
+  Tensor grad_x, grad_weight, grad_bias;
+};
+
+// One pass over all rows and samples. row_gradient [rows] is the gradient of the result with
+// respect to a row's loss.
+Result run(const Inputs& inputs, int64_t gradients, std::vector<double> row_gradient) {
+  using torch::stable::parallel_for;
+  const MaskedLinearCrossEntropyKernels& kernel = inputs.kernel();
+  const bool wants_x = gradients & kGradX;
+  MaskedLinearCrossEntropy problem = describe(inputs);
+  for (double& value : row_gradient) {
+    value /= static_cast<double>(problem.num_samples);
   }
-  problem.row_scale = row_scale.data();
+  problem.row_scale = row_gradient.data();
 
   const Plan plan(problem, accumulate_bytes(inputs.type));
   const Scratch scratch(inputs, problem, plan, wants_x);
@@ -242,17 +244,17 @@ Result run(const Inputs& inputs, int64_t gradients, const std::vector<double>& r
   problem.weight_by_class = scratch.weight_by_class.mutable_data_ptr();
   problem.weight_by_feature = scratch.weight_by_feature.mutable_data_ptr();
 
-  Result result{std::vector<double>(problem.rows, 0.0),
-                torch::stable::new_empty(
-                    inputs.x, wants_x ? Shape{problem.rows, problem.features} : Shape{0})};
-  problem.row_loss = result.row_loss.data();
-  problem.grad_x = wants_x ? result.grad_x.mutable_data_ptr() : nullptr;
-  const Shape weight_shape{plan.groups, problem.classes, problem.features},
-      bias_shape{plan.groups, problem.classes};
+  const auto zeros = [&](bool wanted, const Shape& shape) {
+    return torch::stable::new_zeros(inputs.x, wanted ? shape : Shape{1, 0},
+                                    accumulate_type(inputs.type));
+  };
+  const Tensor grad_x = zeros(wants_x, {1, problem.rows, problem.features});
   const Tensor grad_weight =
-      torch::stable::new_zeros(inputs.x, wants_weight ? weight_shape : Shape{1, 0}, wide);
-  const Tensor grad_bias =
-      torch::stable::new_zeros(inputs.x, wants_bias ? bias_shape : Shape{1, 0}, wide);
+      zeros(gradients & kGradWeight, {plan.groups, problem.classes, problem.features});
+  const Tensor grad_bias = zeros(gradients & kGradBias, {plan.groups, problem.classes});
+  std::vector<double> row_loss(problem.rows, 0.0);
+  problem.row_loss = row_loss.data();
+  problem.grad_x = wants_x ? grad_x.mutable_data_ptr() : nullptr;
 
   parallel_for(0, divide_up(problem.classes, kernel.panel_width), 1,
                [&](int64_t begin, int64_t end) { kernel.pack_by_class(problem, begin, end); });
@@ -267,7 +269,6 @@ Result run(const Inputs& inputs, int64_t gradients, const std::vector<double>& r
       own.keep = static_cast<uint8_t*>(slice(scratch.keep, group));
       own.logits = slice(scratch.logits, group);
       own.widened_x = slice(scratch.widened_x, group);
-      own.grad_x_sum = slice(scratch.grad_x_sum, group);
       own.grad_weight = slice(grad_weight, group);
       own.grad_bias = slice(grad_bias, group);
       run_group(kernel, own, plan, group * plan.group_rows,
@@ -279,12 +280,10 @@ Result run(const Inputs& inputs, int64_t gradients, const std::vector<double>& r
   } else {
     parallel_for(0, plan.groups, 1, work);
   }
-  for (double& loss : result.row_loss) {
-    loss *= each;
+  for (double& loss : row_loss) {
+    loss /= static_cast<double>(problem.num_samples);
   }
-  result.grad_weight = total(grad_weight, inputs.x.scalar_type());
-  result.grad_bias = total(grad_bias, inputs.x.scalar_type());
-  return result;
+  return {std::move(row_loss), total(grad_x), total(grad_weight), total(grad_bias)};
 }
 
 // A float64 buffer as a tensor of the accumulation type.
@@ -298,6 +297,13 @@ Tensor to_tensor(const std::vector<double>& values, const Shape& shape, const In
     }
   }
   return out;
+}
+
+Tensor product(const Tensor& left, const Tensor& right) {
+  StableIValue stack[] = {torch::stable::detail::from(left), torch::stable::detail::from(right)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mul", "Tensor", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> multi_sample_dropout_cross_entropy(
@@ -323,15 +329,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> multi_sample_dropout_cross_entropy(
           result.grad_bias};
 }
 
-Tensor product(const Tensor& left, const Tensor& right) {
-  StableIValue stack[] = {torch::stable::detail::from(left), torch::stable::detail::from(right)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mul", "Tensor", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // The gradients of a scalar loss were found in the forward pass (unit_*); those of row-wise losses
-// are found here.
+// are found here. Rounding to a narrower type comes last, after a gradient scaler's factor.
 std::tuple<Tensor, Tensor, Tensor> multi_sample_dropout_cross_entropy_backward(
     const Tensor& grad_loss, const Tensor& unit_grad_x, const Tensor& unit_grad_weight,
     const Tensor& unit_grad_bias, const Tensor& x, const Tensor& weight,
@@ -339,17 +338,19 @@ std::tuple<Tensor, Tensor, Tensor> multi_sample_dropout_cross_entropy_backward(
     const std::optional<Tensor>& class_weight, const Tensor& p, const Tensor& label_smoothing,
     const Tensor& seed, int64_t num_samples, int64_t ignore_index, int64_t reduction,
     int64_t gradients) {
+  using torch::stable::to;
+  const ScalarType dtype = x.scalar_type();
   if (reduction != kNone) {
-    return {product(unit_grad_x, grad_loss), product(unit_grad_weight, grad_loss),
-            product(unit_grad_bias, grad_loss)};
+    return {to(product(unit_grad_x, grad_loss), dtype),
+            to(product(unit_grad_weight, grad_loss), dtype),
+            to(product(unit_grad_bias, grad_loss), dtype)};
   }
   const Inputs inputs = read_inputs(x, weight, bias, target, class_weight, p, label_smoothing, seed,
                                     num_samples, ignore_index);
-  const Tensor row_gradient =
-      torch::stable::contiguous(torch::stable::to(grad_loss, ScalarType::Double));
+  const Tensor row_gradient = torch::stable::contiguous(to(grad_loss, ScalarType::Double));
   const double* values = static_cast<const double*>(row_gradient.const_data_ptr());
   const Result result = run(inputs, gradients, std::vector<double>(values, values + inputs.rows()));
-  return {result.grad_x, result.grad_weight, result.grad_bias};
+  return {to(result.grad_x, dtype), to(result.grad_weight, dtype), to(result.grad_bias, dtype)};
 }
 
 }  // namespace

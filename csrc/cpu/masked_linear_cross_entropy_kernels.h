@@ -331,13 +331,12 @@ template <typename T, typename Loader>
 static void process_rows(const MaskedLinearCrossEntropy& problem, int64_t begin, int64_t end,
                          bool gradients) {
   using A = Accumulate<T>;
-  constexpr bool kWidened = sizeof(T) != sizeof(A);
   const int64_t samples = problem.chunk_samples;
   const int64_t features = problem.features;
   const T* x = static_cast<const T*>(problem.x) + problem.chunk_row * features;
   for (int64_t i = begin; i < end; ++i) {
     const A* values;
-    if constexpr (kWidened) {
+    if constexpr (sizeof(T) != sizeof(A)) {
       A* row = static_cast<A*>(problem.widened_x) + i * features;
       for (int64_t d = 0; d < features; ++d) {
         row[d] = widen(x[i * features + d]);
@@ -364,24 +363,8 @@ static void process_rows(const MaskedLinearCrossEntropy& problem, int64_t begin,
   if (!gradients || problem.grad_x == nullptr) {
     return;
   }
-  T* grad_x = static_cast<T*>(problem.grad_x) + problem.chunk_row * features;
-  A* sum;
-  if constexpr (kWidened) {
-    sum = static_cast<A*>(problem.grad_x_sum);
-  } else {
-    sum = grad_x;
-  }
-  if (problem.chunk_sample == 0) {
-    std::memset(sum + begin * features, 0, sizeof(A) * (end - begin) * features);
-  }
-  input_gradient<A>(problem, begin * samples, end * samples, sum);
-  if constexpr (kWidened) {
-    if (problem.chunk_sample + samples == problem.num_samples) {
-      for (int64_t j = begin * features; j < end * features; ++j) {
-        grad_x[j] = narrow<T>(sum[j]);
-      }
-    }
-  }
+  A* grad_x = static_cast<A*>(problem.grad_x) + problem.chunk_row * features;
+  input_gradient<A>(problem, begin * samples, end * samples, grad_x);
 }
 
 // dW += g^T (r m * x) of the chunk, for feature panels [begin, end). The factor r is in g already.

@@ -154,7 +154,25 @@ def transformed() -> bool:
 
     A custom operator has no batching and no forward-mode rule: ``jvp`` through one gives a zero tangent and no error.
     """
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return forward_ad._current_level >= 0 or _inside_functorch()
+
+
+# torch.compile asks while it traces, inside the transforms that it traces, and guards on their stack by itself; left to
+# trace this call, it would take any answer for true.
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _inside_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the type that autocast asks for on a device, or None where it is off or does not exist."""
+    if not torch.amp.is_autocast_available(device.type):
+        return None
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that kernels compute and accumulate in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

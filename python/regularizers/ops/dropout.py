@@ -10,7 +10,7 @@ from torch import Tensor
 from regularizers._shared.checks import check_at_least, check_floating, check_probability
 from regularizers._shared.randomness import draw_seed
 from regularizers._shared.scheduled import scheduled
-from regularizers.ops._operator import Operator, transformed
+from regularizers.ops._operator import Operator, accumulate_dtype, transformed
 from regularizers.ops.philox import dropout_mask
 
 
@@ -69,21 +69,17 @@ def _scale(p: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(p < 1, 1 / (1 - p), 0).to(dtype)
 
 
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _samples(x: Tensor, p: Tensor, seed: Tensor, num_samples: int) -> Tensor:
     """Compute the samples in plain PyTorch; the specification."""
     keep = dropout_mask(tuple(x.shape), p, seed, num_samples)
-    wide = x.to(_accumulate_dtype(x.dtype))
+    wide = x.to(accumulate_dtype(x.dtype))
     return torch.where(keep, wide * _scale(p, wide.dtype), 0).to(x.dtype)
 
 
 def _adjoint(y: Tensor, p: Tensor, seed: Tensor) -> Tensor:
     """Compute the transposed map [s, *] -> [*] in plain PyTorch."""
     keep = dropout_mask(tuple(y.shape[1:]), p, seed, y.shape[0])
-    wide = y.to(_accumulate_dtype(y.dtype))
+    wide = y.to(accumulate_dtype(y.dtype))
     return (torch.where(keep, wide, 0).sum(0) * _scale(p, wide.dtype)).to(y.dtype)
 
 

@@ -19,7 +19,7 @@ from regularizers._shared.checks import (
 )
 from regularizers._shared.randomness import draw_seed
 from regularizers._shared.scheduled import scheduled
-from regularizers.ops._operator import Operator, transformed
+from regularizers.ops._operator import Operator, accumulate_dtype, autocast_dtype, transformed
 from regularizers.ops.philox import dropout_mask
 
 Reduction = Literal["mean", "sum", "none"]
@@ -97,13 +97,11 @@ def multi_sample_dropout_cross_entropy(
     _check_arguments(x, weight, bias, target, class_weight)
     check_at_least("num_samples", num_samples, 1)
     check_one_of("reduction", reduction, REDUCTIONS)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    result_dtype = torch.float32 if autocast and x.dtype != torch.float64 else x.dtype
-    if autocast:
-        low = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (_autocast(tensor, low) for tensor in (x, weight, bias))
-    assert x is not None
-    assert weight is not None
+    low = autocast_dtype(x.device)
+    result_dtype = x.dtype if low is None else accumulate_dtype(x.dtype)
+    if low is not None:
+        x, weight = _autocast(x, low), _autocast(weight, low)
+        bias = None if bias is None else _autocast(bias, low)
     check_same_dtype("weight", weight, "x", x)
     if bias is not None:
         check_same_dtype("bias", bias, "x", x)
@@ -154,8 +152,8 @@ def _check_arguments(
     check_same_device("target", target, "x", x)
 
 
-def _autocast(tensor: Tensor | None, low: torch.dtype) -> Tensor | None:
-    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(low)
+def _autocast(tensor: Tensor, low: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(low)
 
 
 def _wanted_gradients(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
@@ -167,7 +165,7 @@ def _wanted_gradients(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(accumulate_dtype(tensor.dtype))
 
 
 def _logits(
@@ -230,17 +228,20 @@ def _gradients(
     ignore_index: int,
     gradients: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the wanted gradients from those of the row losses [B], by formula (an operator's kernel runs below autograd)."""
+    """Compute the wanted gradients from those of the row losses [B], by formula: a kernel runs below autograd.
+
+    They come in the accumulation type. A gradient scaler multiplies the loss, which saves float16 gradients from underflow
+    only if they are rounded after the multiplication.
+    """
     z, masked, keep = _logits(x, weight, bias, p, seed, num_samples)
     t, _ = _target_rows(target, class_weight, label_smoothing, ignore_index, z)
     g = (torch.softmax(z, -1) * t.sum(-1, keepdim=True) - t) * (grad_rows / num_samples)[:, None]
     g = torch.where((target == ignore_index)[:, None], 0, g)
     r = 1 / (1 - p).to(g.dtype)
-    none = x.new_empty(0)
     return (
-        (torch.where(keep, g @ _wide(weight), 0).sum(0) * r).to(x.dtype) if gradients & _GRAD_X else none,
-        (torch.einsum("sbc,sbd->cd", g, masked) * r).to(x.dtype) if gradients & _GRAD_WEIGHT else none,
-        g.sum((0, 1)).to(x.dtype) if gradients & _GRAD_BIAS else none,
+        torch.where(keep, g @ _wide(weight), 0).sum(0) * r if gradients & _GRAD_X else g.new_empty(0),
+        torch.einsum("sbc,sbd->cd", g, masked) * r if gradients & _GRAD_WEIGHT else g.new_empty(0),
+        g.sum((0, 1)) if gradients & _GRAD_BIAS else g.new_empty(0),
     )
 
 
@@ -282,32 +283,37 @@ def _backward_reference(
     grad_loss: Tensor, unit_grad_x: Tensor, unit_grad_weight: Tensor, unit_grad_bias: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *data, num_samples, ignore_index, reduction, gradients = arguments
-    if reduction != _NONE:
-        return unit_grad_x * grad_loss, unit_grad_weight * grad_loss, unit_grad_bias * grad_loss
-    return _gradients(grad_loss, *data, num_samples, ignore_index, gradients)
+    if reduction == _NONE:
+        found = _gradients(grad_loss, *data, num_samples, ignore_index, gradients)
+    else:
+        found = unit_grad_x * grad_loss, unit_grad_weight * grad_loss, unit_grad_bias * grad_loss
+    grad_x, grad_weight, grad_bias = (gradient.to(data[0].dtype) for gradient in found)
+    return grad_x, grad_weight, grad_bias
 
 
-def _gradients_fake(x: Tensor, weight: Tensor, gradients: int) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients_fake(
+    x: Tensor, weight: Tensor, gradients: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        x.new_empty(x.shape if gradients & _GRAD_X else 0),
-        x.new_empty(weight.shape if gradients & _GRAD_WEIGHT else 0),
-        x.new_empty(weight.shape[0] if gradients & _GRAD_BIAS else 0),
+        x.new_empty(x.shape if gradients & _GRAD_X else 0, dtype=dtype),
+        x.new_empty(weight.shape if gradients & _GRAD_WEIGHT else 0, dtype=dtype),
+        x.new_empty(weight.shape[0] if gradients & _GRAD_BIAS else 0, dtype=dtype),
     )
 
 
 def _forward_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, reduction, gradients = arguments
     shape = x.shape[:1] if reduction == _NONE else ()
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulate_dtype(x.dtype)
     loss = x.new_empty(shape, dtype=dtype)
-    return loss, *_gradients_fake(x, weight, 0 if reduction == _NONE else gradients)
+    return loss, *_gradients_fake(x, weight, 0 if reduction == _NONE else gradients, dtype)
 
 
 def _backward_fake(
     grad_loss: Tensor, unit_grad_x: Tensor, unit_grad_weight: Tensor, unit_grad_bias: Tensor,
     x: Tensor, weight: Tensor, *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients_fake(x, weight, arguments[-1])
+    return _gradients_fake(x, weight, arguments[-1], x.dtype)
 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from regularizers.ops._operator import Operator
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_BUMPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
@@ -102,3 +104,21 @@ def dropout_mask(shape: tuple[int, ...], p: Tensor, seed: Tensor, num_samples: i
     streams = torch.arange(num_samples, device=seed.device)
     words = philox_words(seed, num_elements, stream=streams)
     return (words >= threshold).reshape(num_samples, *shape)
+
+
+def _word_tensor(seed: Tensor, first_call: int, calls: int, stream: int, step: int) -> Tensor:
+    words = philox_words(seed, calls * WORDS_PER_CALL, stream=stream, step=step, first_call=first_call)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def _word_tensor_fake(seed: Tensor, first_call: int, calls: int, stream: int, step: int) -> Tensor:
+    return seed.new_empty(calls * WORDS_PER_CALL, dtype=torch.int32)
+
+
+# The generator alone, as int32 bit patterns: what the tests hold against the reference and the benchmarks time as a floor.
+PHILOX_WORDS = Operator(
+    "philox_words",
+    "(Tensor seed, SymInt first_call, SymInt calls, SymInt stream, SymInt step) -> Tensor",
+    fake=_word_tensor_fake,
+    reference=_word_tensor,
+)
