@@ -1,7 +1,9 @@
 """Builds the kernels with CMake; everything else about the package stands in pyproject.toml.
 
-Environment: REGULARIZERS_NO_EXTENSION=1 leaves the kernels out, REGULARIZERS_REQUIRE_EXTENSION=1 makes a failed build
-an error, REGULARIZERS_CUDA=auto|on|off, REGULARIZERS_SANITIZE=address,undefined, TORCH_CUDA_ARCH_LIST.
+Environment: REGULARIZERS_NO_EXTENSION=1 leaves the kernels out, REGULARIZERS_REQUIRE_EXTENSION=1
+    makes a failed build
+an error, REGULARIZERS_CUDA=auto|on|off, REGULARIZERS_SANITIZE=address,undefined,
+TORCH_CUDA_ARCH_LIST.
 """
 
 import os
@@ -35,7 +37,8 @@ class BuildWithCMake(build_ext):
             bar = "!" * 100
             print(
                 f"{bar}\nregularizers: the compiled kernels could not be built ({error}).\n"
-                "Everything works, but on the slow reference implementations. Install a C++17 compiler and reinstall;\n"
+                "Everything works, but on the slow reference implementations. Install a C++17 "
+                "compiler\nand reinstall; "
                 f"REGULARIZERS_REQUIRE_EXTENSION=1 turns this warning into an error.\n{bar}",
                 file=sys.stderr,
             )
@@ -49,7 +52,8 @@ class BuildWithCMake(build_ext):
         build = Path(self.build_temp).resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         configure = [
-            str(Path(cmake.CMAKE_BIN_DIR) / "cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            str(Path(cmake.CMAKE_BIN_DIR) / "cmake"),
+            "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
             f"-DTorch_ROOT={Path(torch.__file__).parent}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -61,7 +65,9 @@ class BuildWithCMake(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run([configure[0], "--build", str(build)], check=True)
         targets = [target]
-        if self.editable_mode:  # setuptools takes only the extension itself from the build folder to the sources
+        if (
+            self.editable_mode
+        ):  # setuptools takes only the extension itself from the build folder to the sources
             targets.append(ROOT / "python" / "regularizers")
         for folder in targets:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""Benchmarks: one file a kernel family, run by ``python -m regularizers bench``."""

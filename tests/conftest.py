@@ -24,3 +24,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--build-folder", help="CMake's build folder, for the test of weak symbols")

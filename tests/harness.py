@@ -1,7 +1,7 @@
 """The operator contract and the method contract of docs/operators.md, written once for all.
 
-A test file subclasses ``OperatorContract`` (or ``MethodContract``), sets a few attributes and holds beside it only what is special
-to its operator (or method).
+A test file subclasses ``OperatorContract`` (or ``MethodContract``), sets a few attributes and holds
+beside it only what is special to its operator (or method).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from regularizers.ops._operator import Operator
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# Kernels and references round in different places: a few units in the last place of the storage type. Half types
-# accumulate in float32 on both sides and differ by the final rounding alone.
+# Kernels and references round in different places: a few units in the last place of the storage
+# type. Half types accumulate in float32 on both sides and differ by the final rounding alone.
 TOLERANCES = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-12},
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -68,7 +68,7 @@ def forward_and_gradients(
 
 
 def in_forked_child(work: Callable[[], Tensor]) -> Tensor:
-    """Run ``work`` in a forked process as a data-loader worker does: one thread, the parent's kernels already used."""
+    """Run ``work`` in a forked process as a data-loader worker does: with one thread."""
     context = torch.multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
 
@@ -94,12 +94,14 @@ class GraphRecorder(list):
 class OperatorContract:
     """What every operator passes. Subclasses set:
 
-    samples: ``samples(dtype)`` gives small calls with a fixed seed: odd sizes, size 1, non-contiguous, options.
+    samples: ``samples(dtype)`` gives small calls with a fixed seed: odd sizes, size 1,
+        non-contiguous, options.
     empty: ``empty(dtype)`` gives calls with zero-size inputs, or none.
     operator_calls: pairs (operator, arguments) for opcheck.
     scheduled: the options that a schedule may change, with a range for each.
     bad_inputs: (exception, argument named in the message, call).
-    bitwise_across_threads: whether the result is bit-identical for every thread count (no matrix product inside).
+    bitwise_across_threads: whether the result is bit-identical for every thread count (no matrix
+        product inside).
     autocast_dtype: dtype of the result of float32 inputs under a bfloat16 autocast.
     """
 
@@ -119,15 +121,11 @@ class OperatorContract:
     def bad_inputs(self) -> list[tuple[type[Exception], str, Callable[[], Any]]]:
         raise AssertionError("a subclass defines this")
 
-    # --- Registration ---------------------------------------------------------------------------------------------------
-
     def test_opcheck_passes(self):
         for operator, arguments in self.operator_calls():
             for backend in (None, "reference"):
                 results = torch.library.opcheck(operator.kernel(backend), arguments)
                 assert set(results.values()) == {"SUCCESS"}
-
-    # --- Agreement ------------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_kernel_agrees_with_reference(self, dtype):
@@ -138,7 +136,9 @@ class OperatorContract:
                 expected, expected_gradients = forward_and_gradients(sample, sample.leaves())
             context = f"{sample.name}: "
             assert result.stride() == expected.stride(), context
-            for have, want in zip((result, *gradients), (expected, *expected_gradients), strict=True):
+            for have, want in zip(
+                (result, *gradients), (expected, *expected_gradients), strict=True
+            ):
                 torch.testing.assert_close(
                     have, want, **TOLERANCES[dtype], equal_nan=True, msg=lambda m, c=context: c + m
                 )
@@ -151,8 +151,6 @@ class OperatorContract:
         names = _graph_names(result.grad_fn)
         assert any("reference" in name for name in names), names
         result.sum().backward()  # outside of the block
-
-    # --- Derivatives ----------------------------------------------------------------------------------------------------
 
     def test_gradcheck_first_and_second_order(self):
         for sample in self.samples(torch.float64):
@@ -168,7 +166,7 @@ class OperatorContract:
     def test_functorch_transforms_agree_with_autograd(self):
         for sample in self.samples(torch.float64):
             primals = tuple(tensor.detach() for tensor in sample.clones())
-            scalar = lambda *tensors, s=sample: s(*tensors).sum()  # noqa: E731
+            scalar = lambda *tensors, s=sample: s(*tensors).sum()
             every = tuple(range(len(primals)))
             expected = torch.autograd.grad(scalar(*(leaves := sample.leaves())), leaves)
             torch.testing.assert_close(torch.func.grad(scalar, every)(*primals), expected)
@@ -181,8 +179,6 @@ class OperatorContract:
             _, derivative = torch.func.jvp(scalar, primals, tangents)
             product = sum((g * t).sum() for g, t in zip(expected, tangents, strict=True))
             torch.testing.assert_close(derivative, product)
-
-    # --- Tracing --------------------------------------------------------------------------------------------------------
 
     def test_compiles_to_one_graph_with_equal_results(self, fresh_dynamo):
         sample = self.samples(torch.float32)[0]
@@ -245,8 +241,6 @@ class OperatorContract:
         loaded = torch.export.load(buffer).module()
         torch.testing.assert_close(loaded(*sample.differentiable), sample())
 
-    # --- Types, threads, processes --------------------------------------------------------------------------------------
-
     def test_autocast_gives_the_dtype_of_the_torch_counterpart(self):
         sample = self.samples(torch.float32)[0]
         with torch.autocast("cpu", torch.bfloat16):
@@ -274,8 +268,6 @@ class OperatorContract:
         expected = sample()
         torch.testing.assert_close(in_forked_child(sample).to(expected), expected)
 
-    # --- Randomness -----------------------------------------------------------------------------------------------------
-
     def test_default_generator_reproduces_and_moves_on(self):
         sample = self.samples(torch.float32)[0]
         torch.manual_seed(3)
@@ -287,9 +279,7 @@ class OperatorContract:
     def test_generator_reproduces_and_leaves_the_default_one_alone(self):
         sample = self.samples(torch.float32)[0]
         state = torch.get_rng_state()
-        results = [
-            sample(seed=None, generator=torch.Generator().manual_seed(5)) for _ in range(2)
-        ]
+        results = [sample(seed=None, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
         assert torch.equal(*results)
         assert torch.equal(state, torch.get_rng_state())
 
@@ -297,31 +287,33 @@ class OperatorContract:
     def test_activation_checkpointing_regenerates_the_same_masks(self, use_reentrant):
         sample = self.samples(torch.float64)[0]
         for seed in (11, None):
-            call = lambda *tensors, s=seed: sample(*tensors, seed=s)  # noqa: E731
+            call = lambda *tensors, s=seed: sample(*tensors, seed=s)
             torch.manual_seed(9)
             expected = forward_and_gradients(call, sample.leaves())
             torch.manual_seed(9)
-            found = forward_and_gradients(
-                lambda *tensors, c=call: checkpoint(c, *tensors, use_reentrant=use_reentrant),
-                sample.leaves(),
-            ) if not use_reentrant else _reentrant(call, sample.leaves())
+            found = (
+                forward_and_gradients(
+                    lambda *tensors, c=call: checkpoint(c, *tensors, use_reentrant=use_reentrant),
+                    sample.leaves(),
+                )
+                if not use_reentrant
+                else _reentrant(call, sample.leaves())
+            )
             torch.testing.assert_close(found, expected)
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_generator_is_refused_inside_checkpointing(self, use_reentrant):
         sample = self.samples(torch.float64)[0]
-        call = lambda *tensors: sample(*tensors, seed=None, generator=torch.Generator())  # noqa: E731
+        call = lambda *tensors: sample(*tensors, seed=None, generator=torch.Generator())
         with pytest.raises(RuntimeError, match="generator"):
             checkpoint(call, *sample.leaves(), use_reentrant=use_reentrant)
 
     def test_generator_is_refused_inside_compile(self, fresh_dynamo):
         sample = self.samples(torch.float64)[0]
         generator = torch.Generator()
-        call = lambda *tensors: sample(*tensors, seed=None, generator=generator)  # noqa: E731
+        call = lambda *tensors: sample(*tensors, seed=None, generator=generator)
         with pytest.raises(Exception, match="generator"):
             torch.compile(call, backend="eager", fullgraph=True)(*sample.differentiable)
-
-    # --- Bad input ------------------------------------------------------------------------------------------------------
 
     def test_bad_input_names_the_argument(self):
         for exception, name, call in self.bad_inputs():
@@ -330,8 +322,10 @@ class OperatorContract:
                     call()
 
 
-def _reentrant(call: Callable[..., Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """As forward_and_gradients: reentrant checkpointing works with backward(), not with autograd.grad()."""
+def _reentrant(
+    call: Callable[..., Tensor], leaves: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """As forward_and_gradients, by backward(): reentrant checkpointing refuses autograd.grad()."""
     result = checkpoint(call, *leaves, use_reentrant=True)
     generator = torch.Generator().manual_seed(7)
     result.backward(torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result))
@@ -353,8 +347,10 @@ class MethodContract:
     """What every module passes. Subclasses set:
 
     build: ``build(dtype)`` makes a fresh module in training mode, always with the same parameters.
-    call: ``call(module, dtype)`` runs it on fixed inputs and returns a tensor that depends on its parameters.
-    inert: ``inert(module)`` runs it in eval() and gives (result, what the same model without the method gives), or None.
+    call: ``call(module, dtype)`` runs it on fixed inputs and returns a tensor that depends on its
+        parameters.
+    inert: ``inert(module)`` runs it in eval() and gives (result, what the same model without the
+        method gives), or None.
     bad_inputs: (exception, argument named in the message, call).
     """
 

@@ -1,7 +1,8 @@
 """Regularization for PyTorch: every mechanism of 170 papers, on fused C++, CUDA and Triton kernels.
 
-``regularizers.ops`` holds the fused operators; the families (``regularizers.dropout``, ...) hold the methods. See
-``regularizers.catalog`` or ``python -m regularizers list`` for which paper is where.
+``regularizers.ops`` holds the fused operators; the families (``regularizers.dropout``, ...) hold
+the methods. See ``regularizers.catalog`` or ``python -m regularizers list`` for which paper is
+where.
 """
 
 from __future__ import annotations

@@ -33,24 +33,36 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--status", choices=catalog.STATUSES)
     listing.set_defaults(run=_list)
 
-    show = commands.add_parser("show", help="show one method: a number, an arXiv id, a name or words")
+    show = commands.add_parser(
+        "show", help="show one method: a number, an arXiv id, a name or words"
+    )
     show.add_argument("query", nargs="+")
     show.set_defaults(run=_show)
 
-    info = commands.add_parser("info", help="versions, build and backends, as an issue report needs them")
+    info = commands.add_parser(
+        "info", help="versions, build and backends, as an issue report needs them"
+    )
     info.set_defaults(run=_info)
 
-    bench = commands.add_parser("bench", help="measure our kernels, today's alternatives and the hardware's floor")
+    bench = commands.add_parser(
+        "bench", help="measure our kernels, today's alternatives and the hardware's floor"
+    )
     bench.add_argument("family", nargs="?", help="one benchmark file; all without")
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     bench.add_argument("--quick", action="store_true", help="fewer cases, well under a minute")
     bench.add_argument("--seconds", type=float, help="time budget of one case")
     bench.add_argument("--threads", type=int, help="number of CPU threads")
-    bench.add_argument("--output", type=Path, default=Path("bench-output"), help="folder for JSON and plots")
+    bench.add_argument(
+        "--output", type=Path, default=Path("bench-output"), help="folder for JSON and plots"
+    )
     bench.set_defaults(run=_bench)
 
-    demo = commands.add_parser("demo", help="train a classifier on real images three ways and compare")
-    demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plots")
+    demo = commands.add_parser(
+        "demo", help="train a classifier on real images three ways and compare"
+    )
+    demo.add_argument(
+        "--output", type=Path, default=Path("demo-output"), help="folder for the plots"
+    )
     demo.set_defaults(run=_demo)
     return parser
 
@@ -101,7 +113,11 @@ def _info(options: argparse.Namespace) -> int:
             continue
         print(f"{key}:" if value else f"{key:<14}nothing compiled")
         for name, entry in value.items():
-            text = ", ".join(f"{device}: {backend}" for device, backend in entry.items()) if isinstance(entry, dict) else entry
+            text = (
+                ", ".join(f"{device}: {backend}" for device, backend in entry.items())
+                if isinstance(entry, dict)
+                else entry
+            )
             print(f"  {name:<46}{text}")
     return 0
 

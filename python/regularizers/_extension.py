@@ -34,7 +34,7 @@ cuda_missing = _load_cuda()
 
 
 def build_facts() -> dict[str, str]:
-    """What the build wrote down about itself; empty where nothing was compiled."""
+    """Return what the build wrote down about itself; empty where nothing was compiled."""
     try:
         module = importlib.import_module("regularizers._C")
     except ImportError:

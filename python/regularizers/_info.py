@@ -1,4 +1,4 @@
-"""What an issue report needs: versions, how the kernels were built, and what serves each operator."""
+"""What an issue report needs: versions, build facts, and what serves each operator."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ def info() -> dict[str, Any]:
     """Tell which kernels were built and which of them serve which operator on which device.
 
     Returns:
-        A dict: versions (``regularizers``, ``torch``, ``python``, ``platform``), ``build`` (facts of the compiled kernels, empty
-        without), ``backends`` (for each, "available" or why not), ``forced`` (the forced backend or None) and ``operators``
-        (for each operator the backend that serves CPU and CUDA tensors by itself).
+        A dict: versions (``regularizers``, ``torch``, ``python``, ``platform``), ``build`` (facts
+        of the compiled kernels, empty without), ``backends`` (for each, "available" or why not),
+        ``forced`` (the forced backend or None) and ``operators`` (for each operator the backend
+        that serves CPU and CUDA tensors by itself).
 
     Example:
         >>> import regularizers
         >>> sorted(regularizers.info())
         ['backends', 'build', 'forced', 'operators', 'platform', 'python', 'regularizers', 'torch']
+
     """
     from regularizers.ops._operator import OPERATORS
 
@@ -32,7 +34,9 @@ def info() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "build": _extension.build_facts(),
-        "backends": {name: backend.why_unavailable(name) or "available" for name in backend.BACKENDS},
+        "backends": {
+            name: backend.why_unavailable(name) or "available" for name in backend.BACKENDS
+        },
         "forced": backend.forced_backend(),
         "operators": {
             name: {device: operator.serving(device) for device in ("cpu", "cuda")}

@@ -1,4 +1,4 @@
-"""Which kernels serve the operators: automatic, or forced for a block of code or the whole process."""
+"""Which kernels serve the operators: automatic, or forced for a block or the whole process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from regularizers import _extension
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
-# A plain global on purpose: a ContextVar cannot be traced by torch.compile, and a thread-local value is lost on the
-# thread that runs the backward pass on CUDA. Only the operators' public functions read it.
+# A plain global on purpose: a ContextVar cannot be traced by torch.compile, and a thread-local
+# value is lost on the thread that runs the backward pass on CUDA. Only the operators' public
+# functions read it.
 _forced: str | None = None
 
 
@@ -61,12 +62,12 @@ def _checked(backend: str | None, source: str) -> str | None:
 def use_backend(backend: str | None) -> Iterator[None]:
     """Force one backend for the operators called inside the block.
 
-    A backward pass uses the backend of its forward pass, wherever it runs. With ``torch.compile``, put the block around
-    or inside the compiled function; a change of backend compiles again.
+    A backward pass uses the backend of its forward pass, wherever it runs. With ``torch.compile``,
+    put the block around or inside the compiled function; a change of backend compiles again.
 
     Args:
-        backend: ``"reference"`` (plain PyTorch), ``"cpp"`` (compiled CPU kernels), ``"triton"``, ``"cuda"`` (compiled CUDA
-            kernels), or None for the automatic choice.
+        backend: ``"reference"`` (plain PyTorch), ``"cpp"`` (compiled CPU kernels), ``"triton"``,
+            ``"cuda"`` (compiled CUDA kernels), or None for the automatic choice.
 
     Raises:
         ValueError: ``backend`` is not one of these names.
@@ -80,6 +81,7 @@ def use_backend(backend: str | None) -> Iterator[None]:
         ...     y = dropout_samples(x, 0.5, num_samples=3, seed=0)
         >>> torch.equal(y, dropout_samples(x, 0.5, num_samples=3, seed=0))
         True
+
     """
     global _forced
     previous = _forced

@@ -1,4 +1,4 @@
-"""dropout_samples: the operator contract, and the facts that its masks and its memory layout must hold."""
+"""dropout_samples: the operator contract, and facts of its masks and memory layout."""
 
 import pytest
 import torch
@@ -63,13 +63,21 @@ class TestContract(OperatorContract):
             (ValueError, "p must", lambda: dropout_samples(x, torch.tensor([0.5]))),
             (ValueError, "p must", lambda: dropout_samples(x, torch.tensor(1))),
             (ValueError, "p must", lambda: dropout_samples(x, torch.tensor(0.5, device="meta"))),
-            (ValueError, "p must", lambda: dropout_samples(x, torch.tensor(0.5, requires_grad=True))),
+            (
+                ValueError,
+                "p must",
+                lambda: dropout_samples(x, torch.tensor(0.5, requires_grad=True)),
+            ),
             (TypeError, "p must", lambda: dropout_samples(x, "half")),
             (ValueError, "num_samples", lambda: dropout_samples(x, num_samples=0)),
             (TypeError, "num_samples", lambda: dropout_samples(x, num_samples=2.0)),
             (TypeError, "seed", lambda: dropout_samples(x, seed=1.5)),
             (ValueError, "seed", lambda: dropout_samples(x, seed=2**63)),
-            (TypeError, "seed", lambda: dropout_samples(x, seed=torch.tensor(1, dtype=torch.int32))),
+            (
+                TypeError,
+                "seed",
+                lambda: dropout_samples(x, seed=torch.tensor(1, dtype=torch.int32)),
+            ),
             (ValueError, "seed", lambda: dropout_samples(x, seed=torch.tensor([1]))),
             (ValueError, "seed", lambda: dropout_samples(x, seed=torch.tensor(1, device="meta"))),
             (ValueError, "seed", lambda: dropout_samples(x, seed=1, generator=torch.Generator())),
@@ -93,15 +101,16 @@ def test_masks_of_the_golden_seed():
 
 def test_a_sample_does_not_depend_on_how_many_there_are():
     x = torch.randn(4, 33)
-    assert torch.equal(
-        dropout_samples(x, 0.5, 9, seed=5)[:4], dropout_samples(x, 0.5, 4, seed=5)
-    )
+    assert torch.equal(dropout_samples(x, 0.5, 9, seed=5)[:4], dropout_samples(x, 0.5, 4, seed=5))
 
 
 def test_mask_follows_logical_elements_in_every_memory_layout():
     x = torch.randn(2, 3, 4, 5)
     expected = dropout_samples(x, 0.5, 2, seed=5)
-    for layout in (x.to(memory_format=torch.channels_last), x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)):
+    for layout in (
+        x.to(memory_format=torch.channels_last),
+        x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    ):
         found = dropout_samples(layout, 0.5, 2, seed=5)
         assert torch.equal(found, expected)
         assert found[0].stride() == layout.stride()

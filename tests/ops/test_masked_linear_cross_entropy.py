@@ -1,4 +1,4 @@
-"""multi_sample_dropout_cross_entropy: the operator contract and the facts of the sheet of paper 30."""
+"""multi_sample_dropout_cross_entropy: the operator contract and the facts of paper 30."""
 
 import pytest
 import torch
@@ -42,9 +42,13 @@ class TestContract(OperatorContract):
             x, weight, bias, target = _problem(rows, features, classes, dtype)
             options = {"p": 0.4, "num_samples": 3, "seed": 4, **options}
             if with_bias:
-                call = lambda x, w, b, **more: multi_sample_dropout_cross_entropy(x, w, b, target, **more)  # noqa: E731
+                call = lambda x, w, b, **more: multi_sample_dropout_cross_entropy(
+                    x, w, b, target, **more
+                )
                 return Sample(name, (x, weight, bias), call, options)
-            call = lambda x, w, **more: multi_sample_dropout_cross_entropy(x, w, None, target, **more)  # noqa: E731
+            call = lambda x, w, **more: multi_sample_dropout_cross_entropy(
+                x, w, None, target, **more
+            )
             return Sample(name, (x, weight), call, options)
 
         omega = torch.linspace(0.5, 2.0, 7, dtype=dtype)
@@ -58,7 +62,13 @@ class TestContract(OperatorContract):
             sample("rows", reduction="none"),
             sample("smoothed", label_smoothing=0.2),
             sample("weighted", class_weight=omega),
-            sample("everything", label_smoothing=0.1, class_weight=omega, ignore_index=2, reduction="none"),
+            sample(
+                "everything",
+                label_smoothing=0.1,
+                class_weight=omega,
+                ignore_index=2,
+                reduction="none",
+            ),
             sample("ignored rows", ignore_index=0, label_smoothing=0.1),
             sample("one of each", rows=1, features=1, classes=1, num_samples=1),
             sample("no dropout", p=0.0),
@@ -67,7 +77,7 @@ class TestContract(OperatorContract):
 
     def empty(self, dtype):
         x, weight, bias, target = _problem(0, 4, 3, dtype)
-        call = lambda x, w, b, **more: multi_sample_dropout_cross_entropy(x, w, b, target, **more)  # noqa: E731
+        call = lambda x, w, b, **more: multi_sample_dropout_cross_entropy(x, w, b, target, **more)
         return [
             Sample("no rows, sum", (x, weight, bias), call, {"reduction": "sum"}),
             Sample("no rows, none", (x, weight, bias), call, {"reduction": "none"}),
@@ -83,7 +93,9 @@ class TestContract(OperatorContract):
             arguments = (*leaves, target, None, *scalars, 2, -100, code, 7)
             unit = FORWARD.kernel(None)(*arguments)[1:]
             calls.append((FORWARD, arguments))
-            calls.append((BACKWARD, (grad_loss.requires_grad_(), *(u.detach() for u in unit), *arguments)))
+            calls.append(
+                (BACKWARD, (grad_loss.requires_grad_(), *(u.detach() for u in unit), *arguments))
+            )
         return calls
 
     def bad_inputs(self):
@@ -126,7 +138,8 @@ class TestContract(OperatorContract):
 def test_tiny_example_by_hand():
     # Sheet of paper 30, fact 1, with the seed whose masks are (1, 0) and (1, 1).
     seed = next(
-        s for s in range(1000)
+        s
+        for s in range(1000)
         if dropout_samples(torch.ones(2), 0.5, 2, seed=s).bool().int().tolist() == [[1, 0], [1, 1]]
     )
     x = torch.tensor([[1.0, 2.0]], requires_grad=True)
@@ -152,7 +165,9 @@ def test_golden_values_of_seed_42():
     )
     loss.backward()
     torch.testing.assert_close(loss.item(), 0.889129, atol=1e-6, rtol=0)
-    torch.testing.assert_close(bias.grad, torch.tensor([-0.3322, 0.1874, 0.1449]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        bias.grad, torch.tensor([-0.3322, 0.1874, 0.1449]), atol=1e-4, rtol=0
+    )
     torch.testing.assert_close(
         x.grad[0], torch.tensor([-0.0689, -0.0011, 0.0, -0.0067]), atol=1e-4, rtol=0
     )
@@ -171,7 +186,9 @@ def test_without_dropout_equals_cross_entropy(reduction, label_smoothing):
     omega = torch.rand(5)
 
     def fused(*leaves):
-        return multi_sample_dropout_cross_entropy(*leaves, target, p=0.0, class_weight=omega, **options)
+        return multi_sample_dropout_cross_entropy(
+            *leaves, target, p=0.0, class_weight=omega, **options
+        )
 
     def plain(x, weight, bias):
         return F.cross_entropy(F.linear(x, weight, bias), target, weight=omega, **options)
@@ -182,17 +199,24 @@ def test_without_dropout_equals_cross_entropy(reduction, label_smoothing):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("rows", "features", "classes", "num_samples"), [(33, 70, 10, 8), (17, 129, 100, 5), (6, 2051, 40, 300)])
+@pytest.mark.parametrize(
+    ("rows", "features", "classes", "num_samples"),
+    [(33, 70, 10, 8), (17, 129, 100, 5), (6, 2051, 40, 300)],
+)
 def test_equals_the_unfused_computation_with_the_same_masks(rows, features, classes, num_samples):
-    # The last case has more samples than a chunk holds, the first two take the private and the shared weight gradient.
+    # The last case has more samples than a chunk holds, the first two take the private and the
+    # shared weight gradient.
     x, weight, bias, target = _problem(rows, features, classes)
     target[0] = -100
     options = {"p": 0.3, "num_samples": num_samples, "seed": 21, "label_smoothing": 0.1}
     sample = Sample("", (x, weight, bias), multi_sample_dropout_cross_entropy)
     found = forward_and_gradients(
-        lambda *leaves: multi_sample_dropout_cross_entropy(*leaves, target, **options), sample.leaves()
+        lambda *leaves: multi_sample_dropout_cross_entropy(*leaves, target, **options),
+        sample.leaves(),
     )
-    expected = forward_and_gradients(lambda *leaves: _unfused(*leaves, target, **options), sample.leaves())
+    expected = forward_and_gradients(
+        lambda *leaves: _unfused(*leaves, target, **options), sample.leaves()
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -207,7 +231,8 @@ def test_half_types_accumulate_in_float32(dtype, reduction):
         loss = multi_sample_dropout_cross_entropy(*leaves, target, **options)
         return (loss.detach(), *torch.autograd.grad(loss.sum(), leaves))
 
-    # The inputs are exact in float32, so only the final rounding differs: half a unit in the last place.
+    # The inputs are exact in float32, so only the final rounding differs: half a unit in the last
+    # place.
     resolution = torch.finfo(dtype).eps / 2
     for have, want in zip(results(dtype), results(torch.float32), strict=True):
         torch.testing.assert_close(have.float(), want, rtol=1.01 * resolution, atol=1e-7)
@@ -221,7 +246,9 @@ def test_gradient_scaling_saves_float16_gradients_from_underflow():
     loss = multi_sample_dropout_cross_entropy(leaf, weight, bias, target, seed=1)
     (gradient,) = torch.autograd.grad(loss.float() * scale, leaf, retain_graph=True)
     wide = leaf.detach().float().requires_grad_()
-    reference = multi_sample_dropout_cross_entropy(wide, weight.float(), bias.float(), target, seed=1)
+    reference = multi_sample_dropout_cross_entropy(
+        wide, weight.float(), bias.float(), target, seed=1
+    )
     (expected,) = torch.autograd.grad(reference, wide)
     unscaled = torch.autograd.grad(loss, leaf)[0]
     # Without scaling, many of these gradients are below the smallest float16.
@@ -233,13 +260,15 @@ def test_equal_masks_make_samples_redundant():
     # Fact 2: with p = 0 all masks are equal, and M = 8 is M = 1.
     x, weight, bias, target = _problem(9, 12, 5)
     one, eight = (
-        multi_sample_dropout_cross_entropy(x, weight, bias, target, p=0.0, num_samples=m) for m in (1, 8)
+        multi_sample_dropout_cross_entropy(x, weight, bias, target, p=0.0, num_samples=m)
+        for m in (1, 8)
     )
     assert torch.equal(one, eight)
 
 
 def test_gradient_variance_falls_with_the_number_of_samples():
-    # Fact 4: E[gradient] does not depend on M, and its total variance is M times smaller (0.125 +- 20 % over 400 draws).
+    # Fact 4: E[gradient] does not depend on M, and its total variance is M times smaller (0.125 +-
+    # 20 % over 400 draws).
     x, weight, bias, target = _problem(32, 64, 10)
     weight.requires_grad_()
 
@@ -248,7 +277,12 @@ def test_gradient_variance_falls_with_the_number_of_samples():
             [
                 torch.autograd.grad(
                     multi_sample_dropout_cross_entropy(
-                        x, weight, bias, target, num_samples=num_samples, seed=1000 * num_samples + draw
+                        x,
+                        weight,
+                        bias,
+                        target,
+                        num_samples=num_samples,
+                        seed=1000 * num_samples + draw,
                     ),
                     weight,
                 )[0]
@@ -259,7 +293,8 @@ def test_gradient_variance_falls_with_the_number_of_samples():
     one, eight = gradients(1), gradients(8)
     ratio = (eight.var(0).sum() / one.var(0).sum()).item()
     assert 0.1 < ratio < 0.15
-    # Squared distance of the means, against its expectation under equal means; four standard deviations would be less.
+    # Squared distance of the means, against its expectation under equal means; four standard
+    # deviations would be less.
     distance = (one.mean(0) - eight.mean(0)).square().sum()
     expected = (one.var(0).sum() + eight.var(0).sum()) / 400
     assert distance < 2 * expected
@@ -303,7 +338,9 @@ def test_ignored_rows_get_exactly_zero_gradient():
     x, weight, bias, target = _problem(4, 6, 3)
     target[1] = -100
     x.requires_grad_()
-    multi_sample_dropout_cross_entropy(x, weight, bias, target, label_smoothing=0.2, seed=1).backward()
+    multi_sample_dropout_cross_entropy(
+        x, weight, bias, target, label_smoothing=0.2, seed=1
+    ).backward()
     assert torch.equal(x.grad[1], torch.zeros(6))
     assert x.grad[0].abs().sum() > 0
 
@@ -360,7 +397,8 @@ def test_saves_neither_masks_nor_activations_nor_logits():
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_samples():
-    # Fact 7: by less than 1.2 from M = 1 to M = 32. The profiler sees every allocation of torch's allocator, scratch included.
+    # Fact 7: by less than 1.2 from M = 1 to M = 32. The profiler sees every allocation of torch's
+    # allocator, scratch included.
     x, weight, bias, target = _problem(1024, 1024, 1000)
     leaves = Sample("", (x, weight, bias), multi_sample_dropout_cross_entropy).leaves()
 
@@ -396,7 +434,9 @@ def test_autocast_takes_the_low_type_for_the_product_and_float32_for_the_loss(dt
 
 def test_target_value_is_checked_in_compiled_code(fresh_dynamo):
     x, weight, bias, target = _problem(4, 6, 3)
-    compiled = torch.compile(multi_sample_dropout_cross_entropy, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        multi_sample_dropout_cross_entropy, fullgraph=True, backend="aot_eager"
+    )
     compiled(x, weight, bias, target)
     with pytest.raises(ValueError, match="target must"):
         compiled(x, weight, bias, target + 3)

@@ -1,4 +1,4 @@
-"""Philox words: the known answers, and equality of the C++ kernel of every instruction set with the reference."""
+"""Philox words: known answers, and equality of every instruction set with the reference."""
 
 import os
 import subprocess
@@ -98,7 +98,8 @@ x, w, b = torch.randn(7, 333, requires_grad=True), torch.randn(41, 333) / 9, tor
 results = []
 for backend in ("cpp", "reference"):
     with regularizers.use_backend(backend):
-        loss = multi_sample_dropout_cross_entropy(x, w, b, torch.arange(7), p=p, num_samples=3, seed=6)
+        loss = multi_sample_dropout_cross_entropy(x, w, b, torch.arange(7), p=p, num_samples=3,
+        seed=6)
     results.append((loss.detach(), *torch.autograd.grad(loss, x)))
 torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 """

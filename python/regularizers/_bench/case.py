@@ -1,4 +1,4 @@
-"""What a benchmark file writes down: cases, the goals they are held to, and curves of cases over a size."""
+"""What a benchmark file writes down: cases, their goals, and curves of cases over a size."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Goal:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure: our way, what users write today, and what the hardware charges at least.
+    """One thing to measure: our way, what users write today, and what no way can avoid.
 
-    A candidate is a function without arguments. It leaves nothing behind (gradients are reset), and its result is
-    dropped at once: giving memory back is part of the time of a call. One that raises at its first call is reported as
-    missing, with the reason.
+    A candidate is a function without arguments. It leaves nothing behind (gradients are reset), and
+    its result is dropped at once: giving memory back is part of the time of a call. One that raises
+    while it warms up is reported as missing, with the reason.
 
     Args:
         name: operator and sizes, as the table shows it.
@@ -83,7 +83,7 @@ class ScalingCurve:
         title: the operator and the sizes that stay fixed.
         size: what varies, the label of the axis.
         sizes: its values, ascending.
-        case: makes the case of one size; called when its turn comes, so that only one lives at a time.
+        case: makes the case of one size; called when its turn comes, so that one lives at a time.
     """
 
     name: str

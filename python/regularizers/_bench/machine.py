@@ -15,14 +15,15 @@ import torch
 from regularizers import info
 
 
-def describe(device: str) -> dict[str, str | int]:
-    """Return what a reader needs to place the numbers: hardware, versions, settings, date and command."""
+def describe(device: str) -> dict[str, str | float]:
+    """Return what a reader needs to place the numbers: hardware, versions, settings, command."""
     facts = info()
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "cpu": _cpu_model(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "",
         "cores": _cores(),
         "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg()[0],
         "memory_bytes": _memory_bytes(),
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "system": platform.platform(),

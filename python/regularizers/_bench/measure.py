@@ -1,7 +1,7 @@
 """Measuring calls: interleaved times, page faults and peak memory, in one process.
 
-Every round runs every candidate once in a freshly shuffled order, so that clock speed, neighbours on the machine and the
-state of caches and heap reach all of them alike; candidates are compared round by round.
+Every round runs every candidate once, in a newly shuffled order: clock speed, neighbours on the
+machine and the state of caches and heap reach all of them alike. Ratios are taken round by round.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def interleave(
             for name in order:
                 _sample(calls[name], time_call, samples[name])
             elapsed = time.perf_counter() - start
-            progress(min(1.0, elapsed / seconds, done / MIN_ROUNDS))
+            progress(min(1.0, elapsed / max(seconds, 1e-9), done / MIN_ROUNDS))
             if elapsed >= seconds and done >= MIN_ROUNDS:
                 break
     finally:
@@ -97,15 +97,16 @@ def _time_cuda(call: Call) -> float:
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def peak_allocated(call: Call, device: str = "cpu") -> int:
     """Return how far one call raises the memory handed out by torch's allocator, in bytes.
 
-    On a CPU the profiler records every allocation and free of the allocator, from Python and C++ alike; replayed, they give
-    the exact peak, the same on every run. It does not see memory taken past the allocator (oneDNN's and MKL's packing
-    buffers, ``std::vector``): ``peak_resident`` does.
+    On a CPU the profiler records every allocation and free, from Python and C++ alike; replayed in
+    order, they give the exact peak, the same on every run. What is taken past the allocator (the
+    packing buffers of MKL and oneDNN, ``std::vector``) or on a thread of a parallel loop is not
+    seen: ``peak_resident`` is the check on that.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -127,12 +128,15 @@ def peak_allocated(call: Call, device: str = "cpu") -> int:
 
 
 def peak_resident(call: Call) -> int | None:
-    """Return how far one call raises the process's resident memory, in bytes; None where Linux and glibc are absent.
+    """Return how far one call raises the resident memory of the process, in bytes.
 
-    The kernel keeps the high-water mark, which is set back first: no sampling, nothing missed. Free memory on the heap
-    goes back to the system first, so what a call touches is new. What this sees beyond ``peak_allocated`` is memory taken
-    past the allocator and the heap's fragmentation; what it does not see is memory that was allocated and never touched.
-    Several MB of difference between runs are common.
+    Linux keeps the high-water mark, which is set back first: no sampling, nothing missed. Free
+    memory of the heap is given back first, so that whatever the call touches counts. Beyond
+    ``peak_allocated`` this sees memory taken past torch's allocator and the fragmentation of the
+    heap; it does not see memory that is allocated and never touched. It varies by several MiB.
+
+    Returns:
+        Bytes, or None where there is no Linux with glibc.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -66,7 +66,7 @@ class GoalResult:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case measured. ``best`` tells which floor each name of ``Case.best_of`` came to stand for."""
+    """One case measured; ``best`` tells which floor each name of ``Case.best_of`` stands for."""
 
     name: str
     rounds: int
@@ -99,10 +99,16 @@ class Report:
 
     format: int
     family: str
+    device: str
     machine: dict[str, Any]
     quick: bool
     cases: list[CaseResult]
     curves: list[CurveResult]
+
+    @property
+    def stem(self) -> str:
+        """What the names of its files begin with."""
+        return f"{self.family}-{self.device}"
 
     def save(self, path: Path) -> None:
         """Write the report as JSON."""
@@ -129,7 +135,8 @@ def _restore(kind: Any, value: Any) -> Any:
         return None if value is None else _restore(get_args(kind)[0], value)
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
-        return kind(**{name: _restore(hints[name], entry) for name, entry in value.items()})
+        constructor: Any = kind
+        return constructor(**{name: _restore(hints[name], entry) for name, entry in value.items()})
     if get_origin(kind) is list:
         return [_restore(get_args(kind)[0], entry) for entry in value]
     return value
@@ -143,7 +150,7 @@ def summarise(
     peak_bytes: Mapping[str, int],
     resident_bytes: Mapping[str, int | None],
 ) -> CaseResult:
-    """Turn what was measured, by candidate name (``"ours"`` is ours), into medians, ratios and goals."""
+    """Turn what was measured, by name of the candidate, into medians, ratios and goals."""
     roles: dict[str, Role] = {"ours": "ours"}
     roles.update(dict.fromkeys(case.peers, "peer"))
     roles.update(dict.fromkeys(case.floors, "floor"))

@@ -1,4 +1,4 @@
-"""From benchmark files to a report: finds the files, measures their cases and curves, saves what was found."""
+"""From benchmark files to reports: finds the files, measures what they list, saves the results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from regularizers._bench import machine
-from regularizers._bench.case import Case, ScalingCurve
+from regularizers._bench.case import Call, Case, ScalingCurve
 from regularizers._bench.measure import interleave, peak_allocated, peak_resident
 from regularizers._bench.results import FORMAT, CaseResult, CurveResult, Report, summarise
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 SECONDS, QUICK_SECONDS = 10.0, 1.0  # time budget of one case
 POINT_SHARE = 0.25  # of that budget, for one point of a curve
-WARM_UP_CALLS = 2  # the first compiles and allocates, the second runs what the others will run
+WARM_UP_SECONDS = 0.05  # after the first call, of which at least one more follows
 
 
 def run(
@@ -34,18 +35,19 @@ def run(
     output: Path,
     seconds: float | None = None,
 ) -> int:
-    """Run the benchmarks of one family, or of all, and write ``<family>-<device>.json`` and a PNG for every scaling curve.
+    """Run the benchmarks of one family, or of all; write its JSON and a PNG for every curve.
 
     Args:
         family: name of a file in ``benchmarks/``; None runs all of them.
         device: ``"cpu"`` or ``"cuda"``.
         quick: fewer cases and rounds, without ``torch.compile``.
         output: folder for the results, made if needed.
-        seconds: time budget of the rounds of one case (10, or 1 with ``quick``); slow cases take longer, because
-            a few rounds always run, and warm-up and memory come on top.
+        seconds: time budget of the rounds of one case (10, or 1 with ``quick``). Slow cases take
+            longer: a few rounds always run, and warm-up and memory come on top.
 
     Returns:
-        0; 1 where one of our operators failed; 2 where nothing could be run, with the reason on stderr.
+        0, whether goals were met or not; 1 where a candidate of ours failed; 2 where nothing could
+        run, with the reason on stderr.
     """
     try:
         _check_installed()
@@ -69,8 +71,8 @@ def run(
         with Screen(name, facts, len(cases) + sum(len(curve.sizes) for curve in curves)) as screen:
             case_results = [_measure_and_show(case, seconds, device, screen) for case in cases]
             curve_results = [_measure_curve(curve, seconds, device, screen) for curve in curves]
-        report = Report(FORMAT, name, facts, quick, case_results, curve_results)
-        path = output / f"{name}-{device}.json"
+        report = Report(FORMAT, name, device, facts, quick, case_results, curve_results)
+        path = output / f"{report.stem}.json"
         report.save(path)
         screen.show_end(report, [path, *save_plots(report, output)])
         failed = failed or any(result["ours"].missing for result in case_results)
@@ -98,15 +100,12 @@ def measure_case(
     device: str = "cpu",
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> CaseResult:
-    """Warm every candidate up, time them in interleaved rounds, then measure the memory of one call of each."""
+    """Warm the candidates up, time them in interleaved rounds, then measure memory, a call each."""
     calls = {"ours": case.ours, **case.peers, **case.floors}
     missing: dict[str, str] = {}
     for name, call in list(calls.items()):
         try:
-            for _ in range(WARM_UP_CALLS if case.timed else 1):
-                call()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            _warm_up(call, device, timed=case.timed)
         except Exception as error:  # whatever a candidate needs and this machine lacks
             missing[name] = f"{type(error).__name__}: {error}"
             del calls[name]
@@ -121,6 +120,18 @@ def measure_case(
             name: peak_resident(call) if device == "cpu" else None for name, call in calls.items()
         },
     )
+
+
+def _warm_up(call: Call, device: str, *, timed: bool) -> None:
+    """Let a candidate compile, allocate and fill caches; what cannot run raises here."""
+    call()
+    end = time.perf_counter() + WARM_UP_SECONDS
+    while timed:
+        call()
+        if time.perf_counter() >= end:
+            break
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _measure_and_show(case: Case, seconds: float, device: str, screen: Screen) -> CaseResult:

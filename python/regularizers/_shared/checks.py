@@ -1,4 +1,4 @@
-"""Argument checks that read like sentences: each one names the argument, what came and what was expected."""
+"""Argument checks that read like sentences and name the argument, what came and what was due."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raise unless ``tensor`` is a tensor of one of the four floating-point types that the kernels know."""
+    """Raise unless ``tensor`` is a tensor of one of the four types that the kernels know."""
     check_tensor(name, tensor)
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
-    """Raise unless ``tensor`` has ``shape``, where None stands for any size; ``meaning`` spells the shape out."""
+    """Raise unless ``tensor`` has ``shape`` (None: any size); ``meaning`` spells the shape out."""
     fits = tensor.dim() == len(shape) and all(
         want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
     )
@@ -54,7 +54,8 @@ def check_same_device(name: str, tensor: Tensor, reference_name: str, reference:
     """Raise unless both tensors are on one device."""
     if tensor.device != reference.device:
         raise ValueError(
-            f"{name} must be on the device of {reference_name} ({reference.device}), got {tensor.device}"
+            f"{name} must be on the device of {reference_name} ({reference.device}), "
+            f"got {tensor.device}"
         )
 
 
@@ -62,5 +63,6 @@ def check_same_dtype(name: str, tensor: Tensor, reference_name: str, reference: 
     """Raise unless both tensors have one dtype."""
     if tensor.dtype != reference.dtype:
         raise TypeError(
-            f"{name} must have the dtype of {reference_name} ({reference.dtype}), got {tensor.dtype}"
+            f"{name} must have the dtype of {reference_name} ({reference.dtype}), "
+            f"got {tensor.dtype}"
         )

@@ -1,4 +1,4 @@
-"""Where randomness comes from: one int64 seed a call, on the input's device, from which a kernel makes all its bits."""
+"""Where randomness comes from: one int64 seed a call, from which a kernel makes all its bits."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from torch import Tensor
 from regularizers._shared.checks import check_same_device
 
 
-def draw_seed(
-    seed: int | Tensor | None, generator: torch.Generator | None, like: Tensor
-) -> Tensor:
-    """Return the seed of one operator call as a 0-dimensional int64 tensor on the device of ``like``.
+def draw_seed(seed: int | Tensor | None, generator: torch.Generator | None, like: Tensor) -> Tensor:
+    """Return the seed of one operator call: a 0-dimensional int64 tensor beside ``like``.
 
-    A given seed is used as it is. Without one, a fresh seed is drawn from ``generator`` or from the device's default
-    generator; no host synchronisation, so a CUDA graph replays with fresh seeds.
+    A given seed is used as it is. Without one, a fresh seed is drawn from ``generator`` or from the
+    device's default generator; no host synchronisation, so a CUDA graph replays with fresh seeds.
 
     Args:
-        seed: an int in [-2^63, 2^63), an int64 tensor with no dimensions on the device of ``like``, or None.
-        generator: a generator of that device, or None; not inside ``torch.compile`` or activation checkpointing.
+        seed: an int in [-2^63, 2^63), an int64 tensor with no dimensions on the device of ``like``,
+            or None.
+        generator: a generator of that device, or None; not inside ``torch.compile`` or activation
+            checkpointing.
         like: the tensor whose device the seed goes to.
 
     Raises:
         TypeError: the seed is neither an int nor an int64 tensor.
         ValueError: both are given, or one is out of range, of the wrong shape or on another device.
-        RuntimeError: ``generator`` inside ``torch.compile`` or ``torch.utils.checkpoint``: a recomputed forward pass would
-            draw again from the caller's generator and get other masks, silently.
+        RuntimeError: ``generator`` inside ``torch.compile`` or ``torch.utils.checkpoint``: a
+            recomputed forward pass would draw again from the caller's generator and get other
+            masks, silently.
+
     """
     if generator is not None:
         if seed is not None:
@@ -64,6 +66,6 @@ def _check_generator(generator: torch.Generator, like: Tensor) -> None:
         frame = frame.f_back
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             raise RuntimeError(
-                "generator must not be given inside torch.utils.checkpoint, whose second forward pass would draw other "
-                "masks from it; give seed instead"
+                "generator must not be given inside torch.utils.checkpoint, whose second forward "
+                "pass would draw other masks from it; give seed instead"
             )

@@ -1,4 +1,4 @@
-"""Quantities that a schedule may change (p, temperature, epsilon, ...): 0-dimensional tensors, so that a compiled graph serves every value."""
+"""Quantities that a schedule may change: tensors, so that a compiled graph serves every value."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from torch import Tensor, nn
 from regularizers._shared.checks import check_same_device
 
 
-def scheduled(name: str, value: float | Tensor, like: Tensor, check: Callable[[str, float], None]) -> Tensor:
-    """Return a scheduled quantity as the kernels take it: float64, no dimensions, on the device of ``like``.
+def scheduled(
+    name: str, value: float | Tensor, like: Tensor, check: Callable[[str, float], None]
+) -> Tensor:
+    """Return a scheduled quantity as the kernels take it: float64, no dimensions, beside ``like``.
 
-    A number is checked here. The value of a tensor is checked by the kernel on a CPU and not at all on CUDA, where
-    reading it would stop the stream.
+    A number is checked here. The value of a tensor is checked by the kernel on a CPU and not at all
+    on CUDA, where reading it would stop the stream.
     """
     if not isinstance(value, Tensor):
         if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
-            raise TypeError(f"{name} must be a number or a 0-dimensional tensor, got {type(value).__name__}")
+            raise TypeError(
+                f"{name} must be a number or a 0-dimensional tensor, got {type(value).__name__}"
+            )
         check(name, float(value))
         return torch.full((), float(value), dtype=_dtype(like.device), device=like.device)
     if value.dim() != 0 or not value.is_floating_point():
@@ -38,22 +42,24 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 class ScheduledModule(nn.Module):
-    """A module with scheduled quantities: attributes that hold a 0-dimensional tensor and are assigned numbers.
+    """A module with scheduled quantities: attributes that hold a tensor and are assigned numbers.
 
-    ``module.p = 0.3`` writes into the tensor in place, so a compiled model needs no second compilation. The tensors
-    follow the module from device to device, keep float64 under ``.half()`` or ``.to(torch.bfloat16)`` (a rounded rate would be
-    another rate) and stay out of the state dict.
+    ``module.p = 0.3`` writes into the tensor in place, so a compiled model needs no second
+    compilation. The tensors follow the module from device to device, keep float64 under ``.half()``
+    or ``.to(torch.bfloat16)`` (a rounded rate would be another rate) and stay out of the state
+    dict.
     """
 
     _scheduled: dict[str, Callable[[str, float], None]]
 
     def schedule(self, name: str, value: float, check: Callable[[str, float], None]) -> None:
-        """Make ``name`` a scheduled quantity; ``check(name, value)`` raises on a bad value, now and at every assignment."""
+        """Make ``name`` a scheduled quantity; ``check`` raises on bad values, now and later."""
         check(name, value)
         if "_scheduled" not in self.__dict__:
             self.__dict__["_scheduled"] = {}
         self._scheduled[name] = check
-        # The device is named so that a model built under torch.device("meta") has its rates all the same.
+        # The device is named so that a model built under torch.device("meta") has its rates all the
+        # same.
         buffer = torch.tensor(float(value), dtype=torch.float64, device="cpu")
         self.register_buffer(name, buffer, persistent=False)
 
@@ -67,7 +73,7 @@ class ScheduledModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScheduledModule:
         kept = {name: getattr(self, name) for name in self.__dict__.get("_scheduled", {})}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in kept.items():
             moved = getattr(self, name)
             device = value.device if moved.device.type == "meta" else moved.device

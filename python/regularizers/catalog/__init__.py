@@ -1,6 +1,7 @@
 """Which paper is which public name: one TOML file a family, read on demand.
 
-Status of an entry: ``implemented``, ``partial`` (with what is missing), ``planned``, or ``none`` (with the reason).
+Status of an entry: ``implemented``, ``partial`` (with what is missing), ``planned``, or ``none``
+(with the reason).
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def families() -> dict[str, Family]:
     Example:
         >>> families()["dropout"].papers[0].family
         'dropout'
+
     """
     found = {}
     for file in sorted(resources.files(__name__).iterdir(), key=lambda item: item.name):
@@ -78,7 +80,9 @@ def families() -> dict[str, Family]:
 
 
 def _paper(family: str, entry: dict[str, object]) -> Paper:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    values = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+    }
     return Paper(family=family, **values)  # type: ignore[arg-type]
 
 
@@ -95,6 +99,7 @@ def papers(*, family: str | None = None, status: str | None = None) -> list[Pape
     Example:
         >>> len(papers())
         170
+
     """
     known = families()
     if family is not None and family not in known:
@@ -109,11 +114,13 @@ def papers(*, family: str | None = None, status: str | None = None) -> list[Pape
 def find(query: str) -> list[Paper]:
     """Return the papers that a number, an arXiv id, a name or words describe, best first.
 
-    Words are looked for in component and public names, then aliases, title and summary; all of them must occur.
+    Words are looked for in component and public names, then aliases, title and summary; all of them
+    must occur.
 
     Example:
         >>> find("multi-sample dropout")[0].number
         30
+
     """
     if query.strip().isdigit():
         return [paper for paper in papers() if paper.number == int(query)]

@@ -1,4 +1,4 @@
-"""Dropout family: methods that remove, truncate or perturb part of a network's computation while it trains."""
+"""Methods that remove, truncate or perturb part of a network's computation while it trains."""
 
 from regularizers.dropout.multi_sample import (
     MultiSampleDropout,

@@ -1,4 +1,4 @@
-"""Multi-sample dropout: many dropout masks of one feature batch, one shared head, the mean of the losses."""
+"""Multi-sample dropout: many masks of one feature batch, one shared head, the mean loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regularizers._shared.checks import check_at_least, check_one_of, check_probability, check_tensor
+from regularizers._shared.checks import (
+    check_at_least,
+    check_one_of,
+    check_probability,
+    check_tensor,
+)
 from regularizers._shared.scheduled import ScheduledModule
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import (
@@ -30,15 +35,18 @@ def multi_sample_dropout(
 ) -> Tensor:
     r"""Stack ``num_samples`` dropout samples of one feature batch.
 
-    .. math:: y_s = \frac{1}{1-p} m_s \odot x, \qquad m_s \text{ i.i.d. over samples, rows and features}
+    .. math:: y_s = \frac{1}{1-p} m_s \odot x, \qquad m_s \text{ i.i.d. over samples, rows and
+    features}
 
     Args:
         x: features ``[B, *]``.
-        p: probability that an element is dropped, in [0, 1]; a number or a tensor with no dimensions.
+        p: probability that an element is dropped, in [0, 1]; a number or a tensor with no
+            dimensions.
         num_samples: number of samples M, at least 1.
         training: draw masks; otherwise nothing is dropped and there is one sample.
         seed: int or int64 tensor with no dimensions; drawn from the default generator when omitted.
-        generator: generator to draw the seed from; not inside ``torch.compile`` or activation checkpointing.
+        generator: generator to draw the seed from; not inside ``torch.compile`` or activation
+            checkpointing.
 
     Returns:
         ``[M, B, *]`` in training, else ``x.unsqueeze(0)``.
@@ -53,8 +61,10 @@ def multi_sample_dropout(
         torch.Size([8, 4, 16])
 
     Source:
-        H. Inoue, "Multi-Sample Dropout for Accelerated Training and Better Generalization", 2019, arXiv 1905.09788. The
-        formula follows from the abstract; the defaults p = 0.5 and M = 8 are reconstructed from the paper's figures.
+        H. Inoue, "Multi-Sample Dropout for Accelerated Training and Better Generalization", 2019,
+        arXiv 1905.09788. The formula follows from the abstract; the defaults p = 0.5 and M = 8 are
+        reconstructed from the paper's figures.
+
     """
     if not training:
         check_tensor("x", x)
@@ -73,8 +83,8 @@ def multi_sample_loss(
 
     .. math:: L = \frac{1}{M} \sum_{s=1}^{M} \mathrm{criterion}(\mathrm{outputs}_s, \mathrm{target})
 
-    The *losses* are averaged. Averaging logits or probabilities first would be another, smaller loss (Jensen), and the sum
-    would multiply the learning rate by M.
+    The *losses* are averaged. Averaging logits or probabilities first would be another, smaller
+    loss (Jensen), and the sum would multiply the learning rate by M.
 
     Args:
         outputs: ``[M, B, *]``, as :class:`MultiSampleDropout` gives them.
@@ -96,11 +106,14 @@ def multi_sample_loss(
 
     Source:
         H. Inoue, 2019, arXiv 1905.09788; the formula stands in the abstract.
+
     """
     check_tensor("outputs", outputs)
     check_one_of("reduction", reduction, REDUCTIONS)
     if outputs.dim() < 1 or outputs.shape[0] < 1:
-        raise ValueError(f"outputs must have shape [samples >= 1, batch, ...], got {list(outputs.shape)}")
+        raise ValueError(
+            f"outputs must have shape [samples >= 1, batch, ...], got {list(outputs.shape)}"
+        )
     losses = torch.stack([criterion(output, target) for output in outputs])
     if reduction == "none":
         return losses
@@ -112,23 +125,25 @@ class MultiSampleDropout(ScheduledModule):
 
     .. math:: \mathrm{outputs}_s = \mathrm{head}(\tfrac{1}{1-p} m_s \odot x), \qquad s = 1, \dots, M
 
-    The backbone runs once and the head once, on all samples as one batch of M B rows (a batch norm inside the head sees
-    them all). In ``eval()`` nothing is dropped and there is one sample. ``module.p = 0.3`` changes the rate.
+    The backbone runs once and the head once, on all samples as one batch of M B rows (a batch norm
+    inside the head sees them all). In ``eval()`` nothing is dropped and there is one sample.
+    ``module.p = 0.3`` changes the rate.
 
     Args:
         head: any module from ``[N, *]`` to ``[N, *out]``; shared by all samples.
         p: probability that a feature is dropped, in [0, 1].
         num_samples: number of samples M, at least 1.
-        diversity: M callables, or None for "unchanged", that alter the features of one sample each before dropout (the
-            paper's other sources of diversity: a horizontal flip for half of the samples, one-sided zero padding). All
-            results must have one shape.
+        diversity: M callables, or None for "unchanged", that alter the features of one sample each
+            before dropout (the paper's other sources of diversity: a horizontal flip for half of
+            the samples, one-sided zero padding). All results must have one shape.
 
     Shape:
         ``[B, *] -> [M, B, *out]`` in training, ``[1, B, *out]`` in evaluation.
 
     Raises:
         TypeError: ``head`` is not a module, or an argument is of the wrong type.
-        ValueError: ``p`` or ``num_samples`` is out of range, or ``diversity`` does not have M entries.
+        ValueError: ``p`` or ``num_samples`` is out of range, or ``diversity`` does not have M
+            entries.
 
     Example:
         >>> layer = MultiSampleDropout(nn.Linear(16, 10), p=0.5, num_samples=4)
@@ -138,7 +153,9 @@ class MultiSampleDropout(ScheduledModule):
         >>> layer.loss(features, target, nn.CrossEntropyLoss()).backward()
 
     Source:
-        H. Inoue, 2019, arXiv 1905.09788; mechanism from the abstract, further diversity sources reconstructed.
+        H. Inoue, 2019, arXiv 1905.09788; mechanism from the abstract, further diversity sources
+        reconstructed.
+
     """
 
     p: Tensor
@@ -156,7 +173,9 @@ class MultiSampleDropout(ScheduledModule):
             raise TypeError(f"head must be a torch.nn.Module, got {type(head).__name__}")
         check_at_least("num_samples", num_samples, 1)
         if diversity is not None and len(diversity) != num_samples:
-            raise ValueError(f"diversity must have num_samples = {num_samples} entries, got {len(diversity)}")
+            raise ValueError(
+                f"diversity must have num_samples = {num_samples} entries, got {len(diversity)}"
+            )
         self.head = head
         self.num_samples = num_samples
         self.diversity = None if diversity is None else tuple(diversity)
@@ -166,7 +185,7 @@ class MultiSampleDropout(ScheduledModule):
         """Return the head's output for every sample, ``[M, B, *out]``."""
         samples = self._samples(x)
         outputs: Tensor = self.head(samples.flatten(0, 1))
-        return outputs.unflatten(0, samples.shape[:2])
+        return outputs.reshape(*samples.shape[:2], *outputs.shape[1:])
 
     def _samples(self, x: Tensor) -> Tensor:
         if self.diversity is None or not self.training:
@@ -174,7 +193,9 @@ class MultiSampleDropout(ScheduledModule):
         altered = torch.stack([x if alter is None else alter(x) for alter in self.diversity])
         return dropout_samples(altered, self.p, 1)[0]
 
-    def loss(self, x: Tensor, target: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def loss(
+        self, x: Tensor, target: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         """Return the mean of ``criterion`` over the samples."""
         return multi_sample_loss(self(x), target, criterion)
 
@@ -186,11 +207,12 @@ class MultiSampleDropout(ScheduledModule):
 class MultiSampleDropoutCrossEntropy(ScheduledModule):
     r"""A linear classifier with multi-sample dropout and cross-entropy, fused into one operator.
 
-    .. math:: L = \frac{1}{M n} \sum_{s,i} \mathrm{CE}\big(\tfrac{1}{1-p} (m^s_i \odot x_i) W^\top + b,\ y_i\big)
+    .. math:: L = \frac{1}{M n} \sum_{s,i} \mathrm{CE}\big(\tfrac{1}{1-p} (m^s_i \odot x_i) W^\top +
+    b,\ y_i\big)
 
     The module owns W and b; in training it calls
-    :func:`regularizers.ops.multi_sample_dropout_cross_entropy`, in ``eval()`` the same loss without dropout. ``module.p`` and
-    ``module.label_smoothing`` may be assigned by a schedule.
+    :func:`regularizers.ops.multi_sample_dropout_cross_entropy`, in ``eval()`` the same loss without
+    dropout. ``module.p`` and ``module.label_smoothing`` may be assigned by a schedule.
 
     Args:
         in_features: D.
@@ -206,7 +228,8 @@ class MultiSampleDropoutCrossEntropy(ScheduledModule):
         dtype: their dtype.
 
     Shape:
-        ``x`` ``[B, D]``, ``target`` ``[B]`` to a loss with no dimensions (``[B]`` for ``reduction="none"``).
+        ``x`` ``[B, D]``, ``target`` ``[B]`` to a loss with no dimensions (``[B]`` for
+        ``reduction="none"``).
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -221,6 +244,7 @@ class MultiSampleDropoutCrossEntropy(ScheduledModule):
 
     Source:
         H. Inoue, 2019, arXiv 1905.09788; the formula follows from the abstract.
+
     """
 
     p: Tensor
@@ -253,8 +277,12 @@ class MultiSampleDropoutCrossEntropy(ScheduledModule):
         self.num_samples = num_samples
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
+        self.weight = nn.Parameter(
+            torch.empty(num_classes, in_features, device=device, dtype=dtype)
+        )
+        self.bias = (
+            nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
+        )
         self.register_buffer("class_weight", class_weight, persistent=False)
         self.schedule("p", p, _check_rate)
         self.schedule("label_smoothing", label_smoothing, _check_rate)

@@ -1,4 +1,4 @@
-"""The fused operators: functions of tensors and a seed, with one kernel a device and a plain reference for all others."""
+"""The fused operators: functions of tensors and a seed, with kernels and a plain reference."""
 
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy

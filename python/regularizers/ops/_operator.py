@@ -1,4 +1,4 @@
-"""One description of an operator, from which every backend of it is registered with PyTorch's dispatcher."""
+"""One description of an operator, from which all its backends are registered with PyTorch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from torch.autograd import forward_ad
 
 from regularizers import _extension, backend
 
-LIBRARY = torch.library.Library("regularizers", "FRAGMENT")  # noqa: TOR901 (lives as long as the process)
+LIBRARY = torch.library.Library("regularizers", "FRAGMENT")
 OPERATORS: dict[str, Operator] = {}
 
 
 class Operator:
     """A fused operator: a schema, a reference, and the kernels that compute the same.
 
-    ``regularizers::name`` picks the best kernel for a device by itself. ``regularizers::name_reference``, ``name_triton``
-    and ``name_cuda`` are operators of their own, so that a forced backend holds through compile, export and the backward
-    pass: the autograd rule of each is handed the backend it belongs to. (On a CPU the automatic operator is the C++
+    ``regularizers::name`` picks the best kernel for a device by itself.
+    ``regularizers::name_reference``, ``name_triton`` and ``name_cuda`` are operators of their own,
+    so that a forced backend holds through compile, export and the backward
+    pass: the autograd rule of each is handed the backend it belongs to. (On a CPU the automatic
+        operator is the C++
     one; forcing ``"cpp"`` only refuses to fall back.)
 
     Args:
@@ -29,11 +31,14 @@ class Operator:
         schema: arguments and results, ``"(Tensor x, ...) -> Tensor"``.
         fake: the shape rule, as for ``torch.library.register_fake``.
         reference: the specification in plain PyTorch; serves whatever has no kernel.
-        triton: where the Triton kernel lives, ``"module:function"`` below ``regularizers.ops.triton``; imported at first use.
+        triton: where the Triton kernel lives, ``"module:function"`` below
+            ``regularizers.ops.triton``; imported at first use.
         cuda: whether csrc/cuda registers a kernel under ``name_cuda``.
         prefer_cuda: CUDA C++ goes before Triton on a CUDA device (whichever measures faster).
         setup_context: as for ``torch.library.register_autograd``.
-        backward: ``backward(backend, ctx, *grads)``, the autograd rule; ``backend`` is what ``Operator.kernel`` takes.
+        backward: ``backward(backend, ctx, *grads)``, the autograd rule; ``backend`` is what
+            ``Operator.kernel`` takes.
+
     """
 
     def __init__(
@@ -54,14 +59,15 @@ class Operator:
         self._triton = triton
         self._kernels: dict[str | None, Any] = {}
         self._cuda_order = [
-            kernel
-            for kernel, exists in (("cuda", cuda), ("triton", triton is not None))
-            if exists
+            kernel for kernel, exists in (("cuda", cuda), ("triton", triton is not None)) if exists
         ]
         if not prefer_cuda:
             self._cuda_order.reverse()
         OPERATORS[name] = self
-        implementations: dict[str | None, Callable[..., Any] | None] = {None: reference, "reference": reference}
+        implementations: dict[str | None, Callable[..., Any] | None] = {
+            None: reference,
+            "reference": reference,
+        }
         if triton is not None:
             implementations["triton"] = self._run_triton
         if cuda:
@@ -114,16 +120,25 @@ class Operator:
             raise RuntimeError(
                 f"backend {forced!r} cannot be used: {self.name} has {', '.join(self.backends)}"
             )
-        kinds = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu") if backend.interpreting() else ("cuda",)}
+        kinds = {
+            "cpp": ("cpu",),
+            "cuda": ("cuda",),
+            "triton": ("cuda", "cpu") if backend.interpreting() else ("cuda",),
+        }
         if forced != "reference" and device.type not in kinds[forced]:
-            raise RuntimeError(f"backend {forced!r} cannot be used: it has no kernel for tensors on {device}")
+            raise RuntimeError(
+                f"backend {forced!r} cannot be used: it has no kernel for tensors on {device}"
+            )
 
     def serving(self, device_type: str) -> str:
         """Name the backend that serves a device while the choice is automatic."""
         if device_type == "cpu":
             return "reference" if _extension.cpp_missing else "cpp"
         if device_type == "cuda":
-            return next((name for name in self._cuda_order if not backend.why_unavailable(name)), "reference")
+            return next(
+                (name for name in self._cuda_order if not backend.why_unavailable(name)),
+                "reference",
+            )
         return "reference"
 
     def _run_on_cuda(self, *args: Any) -> Any:
@@ -150,22 +165,26 @@ class Operator:
 
 
 def transformed() -> bool:
-    """Whether a functorch transform or forward-mode differentiation is at work, which only the references follow.
+    """Tell whether functorch or forward-mode differentiation is at work: references only.
 
-    A custom operator has no batching and no forward-mode rule: ``jvp`` through one gives a zero tangent and no error.
+    A custom operator has no batching and no forward-mode rule: ``jvp`` through one gives a zero
+    tangent and no error.
     """
     return forward_ad._current_level >= 0 or _inside_functorch()
 
 
-# torch.compile asks while it traces, inside the transforms that it traces, and guards on their stack by itself; left to
-# trace this call, it would take any answer for true.
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _inside_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+# torch.compile is to ask while it traces, inside the transforms that it traces (it guards on their
+# stack by itself); left to trace the call, it takes any answer for true. This is
+# torch.compiler.assume_constant_result without its import of torch._dynamo, which takes seconds.
+_inside_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the type that autocast asks for on a device, or None where it is off or does not exist."""
+    """Return the type that autocast asks for on a device, or None where it is off."""
     if not torch.amp.is_autocast_available(device.type):
         return None
     if not torch.is_autocast_enabled(device.type):

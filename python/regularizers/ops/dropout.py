@@ -1,4 +1,4 @@
-"""Fused dropout samples: many masks of one tensor in one pass, and the adjoint that is their derivative."""
+"""Fused dropout samples: many masks of one tensor in one pass, and the adjoint of that map."""
 
 from __future__ import annotations
 
@@ -26,25 +26,31 @@ def dropout_samples(
 
     .. math:: y_{s,e} = \frac{m_{s,e}}{1 - p} x_e, \qquad P(m_{s,e} = 0) = p \text{ independently}
 
-    Masks come from Philox words (stream s, element e in row-major order) and are made again in the backward pass, never
-    stored. Dropped elements are selected out: a NaN under a dropped element does not reach the result, nor its gradient.
+    Masks come from Philox words (stream s, element e in row-major order) and are made again in the
+    backward pass, never stored. Dropped elements are selected out: a NaN under a dropped element
+    does not reach the result, nor its gradient.
 
     Args:
         x: ``[*]``, any shape; float32, float64, bfloat16 or float16.
-        p: probability that an element is dropped, in [0, 1]; a number, or a floating-point tensor with no dimensions on the
-            device of ``x`` (then a compiled graph serves every value). Not differentiated through.
+        p: probability that an element is dropped, in [0, 1]; a number, or a floating-point tensor
+            with no dimensions on the device of ``x`` (then a compiled graph serves every value).
+            Not differentiated through.
         num_samples: number of masks, at least 1.
-        seed: int in [-2^63, 2^63) or int64 tensor with no dimensions. The same seed gives the same masks on every device,
-            backend, thread count and memory layout. Drawn from the default generator when omitted.
-        generator: generator to draw the seed from; not inside ``torch.compile`` or activation checkpointing.
+        seed: int in [-2^63, 2^63) or int64 tensor with no dimensions. The same seed gives the same
+            masks on every device, backend, thread count and memory layout. Drawn from the default
+            generator when omitted.
+        generator: generator to draw the seed from; not inside ``torch.compile`` or activation
+            checkpointing.
 
     Returns:
-        ``[num_samples, *]``, dtype of ``x``; every sample is laid out in memory as ``torch.empty_like(x)``.
+        ``[num_samples, *]``, dtype of ``x``; every sample is laid out in memory as
+        ``torch.empty_like(x)``.
 
     Raises:
-        TypeError: ``x`` is not a floating-point tensor, or ``seed`` or ``num_samples`` is of the wrong type.
-        ValueError: ``p`` is outside [0, 1], ``num_samples`` is below 1, ``seed`` is out of range, or a tensor argument is
-            of the wrong shape or on another device than ``x``.
+        TypeError: ``x`` is not a floating-point tensor, or ``seed`` or ``num_samples`` is of the
+            wrong type.
+        ValueError: ``p`` is outside [0, 1], ``num_samples`` is below 1, ``seed`` is out of range,
+            or a tensor argument is of the wrong shape or on another device than ``x``.
 
     Example:
         >>> x = torch.arange(4.0)
@@ -54,6 +60,7 @@ def dropout_samples(
 
     Source:
         The operator under multi-sample dropout (H. Inoue, 2019, arXiv 1905.09788).
+
     """
     check_floating("x", x)
     check_at_least("num_samples", num_samples, 1)
@@ -110,7 +117,8 @@ def _adjoint_fake(y: Tensor, p: Tensor, seed: Tensor) -> Tensor:
     return torch.empty_like(y[0])
 
 
-# The map is linear in x and its adjoint linear in y, so each is the other's derivative, to any order.
+# The map is linear in x and its adjoint linear in y, so each is the other's derivative, to any
+# order.
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, p, seed, *_ = inputs
     ctx.save_for_backward(p, seed)

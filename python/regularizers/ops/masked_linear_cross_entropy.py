@@ -1,7 +1,8 @@
-"""Dropout x M, linear and cross-entropy in one operator that stores no mask, no masked activation and no full logits."""
+"""Dropout x M, linear and cross-entropy in one: no stored mask, masked activation or logits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,8 @@ from regularizers.ops.philox import dropout_mask
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("none", "mean", "sum")  # the place is the number that kernels take
 _NONE, _MEAN, _SUM = range(3)
-# Bits of the operator's `gradients`: which gradients the forward pass of a scalar loss is to leave behind.
+# Bits of the operator's `gradients`: which gradients the forward pass of a scalar loss is to leave
+# behind.
 _GRAD_X, _GRAD_WEIGHT, _GRAD_BIAS = 1, 2, 4
 
 
@@ -51,38 +53,42 @@ def multi_sample_dropout_cross_entropy(
         \ell^s_i = \sum_c t_{ic} (\mathrm{lse}(z^s_i) - z^s_{ic}), \qquad
         L = \frac{1}{M n} \sum_{s,i} \ell^s_i
 
-    with the target row :math:`t_{ic} = (1-\varepsilon) \omega_{y_i} [c = y_i] + \varepsilon \omega_c / C` (label smoothing
-    :math:`\varepsilon`, class weights :math:`\omega`, both as in ``F.cross_entropy``; zero on ignored rows) and
-    :math:`n = \sum_i \omega_{y_i}` over the rows that count. The *losses* are averaged over the M samples, not the logits.
+    with the target row :math:`t_{ic} = (1-\varepsilon) \omega_{y_i} [c = y_i] + \varepsilon
+    \omega_c / C` (label smoothing :math:`\varepsilon`, class weights :math:`\omega`, both as in
+    ``F.cross_entropy``; zero on ignored rows) and :math:`n = \sum_i \omega_{y_i}` over the rows
+    that count. The *losses* are averaged over the M samples, not the logits.
 
-    Masks are those of :func:`dropout_samples` for the same seed. A scalar loss finds its gradients in the forward pass,
-    while the logits of a chunk of rows are in cache; row-wise losses compute the logits again in the backward pass. Memory
-    beyond the gradients does not grow with ``num_samples``. Under autocast the linear part takes the autocast type and the
-    loss is float32, as ``F.linear`` and ``F.cross_entropy`` behave.
+    Masks are those of :func:`dropout_samples` for the same seed. A scalar loss finds its gradients
+    in the forward pass, while the logits of a chunk of rows are in cache; row-wise losses compute
+    the logits again in the backward pass. Memory beyond the gradients does not grow with
+    ``num_samples``. Under autocast the linear part takes the autocast type and the loss is float32,
+    as ``F.linear`` and ``F.cross_entropy`` behave.
 
     Args:
         x: features ``[B, D]``; float32, float64, bfloat16 or float16.
         weight: ``[C, D]``, dtype of ``x``.
         bias: ``[C]``, dtype of ``x``, or None.
         target: class indices ``[B]``, int64, in [0, C) or equal to ``ignore_index``.
-        p: probability that a feature is dropped, in [0, 1); a number or a tensor with no dimensions.
+        p: probability that a feature is dropped, in [0, 1); a number or a tensor with no
+            dimensions.
         num_samples: number of masks M, at least 1.
         label_smoothing: :math:`\varepsilon` in [0, 1); a number or a tensor with no dimensions.
         ignore_index: target value whose rows do not count.
         class_weight: ``[C]``, dtype of ``x`` (float32 under autocast), or None.
-        reduction: ``"mean"`` (over rows and samples), ``"sum"`` (over rows, mean over samples) or ``"none"`` (mean over
-            samples).
+        reduction: ``"mean"`` (over rows and samples), ``"sum"`` (over rows, mean over samples) or
+            ``"none"`` (mean over samples).
         seed: int or int64 tensor with no dimensions; drawn from the default generator when omitted.
-        generator: generator to draw the seed from; not inside ``torch.compile`` or activation checkpointing.
+        generator: generator to draw the seed from; not inside ``torch.compile`` or activation
+            checkpointing.
 
     Returns:
-        The loss, a tensor with no dimensions, or ``[B]`` for ``reduction="none"``; dtype of ``x``, float32 under autocast.
-        The mean over no rows is NaN, as in ``F.cross_entropy``.
+        The loss, a tensor with no dimensions, or ``[B]`` for ``reduction="none"``; dtype of ``x``,
+        float32 under autocast. The mean over no rows is NaN, as in ``F.cross_entropy``.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: an argument is out of range, of the wrong shape or on another device than ``x``. Target values are checked
-            on a CPU, before anything is computed; on CUDA they are not.
+        ValueError: an argument is out of range, of the wrong shape or on another device than ``x``.
+            Target values are checked on a CPU, before anything is computed; on CUDA they are not.
 
     Example:
         >>> x, weight = torch.tensor([[1.0, 2.0]]), torch.eye(2)
@@ -91,8 +97,9 @@ def multi_sample_dropout_cross_entropy(
         True
 
     Source:
-        H. Inoue, "Multi-Sample Dropout for Accelerated Training and Better Generalization", 2019, arXiv 1905.09788. The
-        formula follows from the abstract; there is no code of the author.
+        H. Inoue, "Multi-Sample Dropout for Accelerated Training and Better Generalization", 2019,
+        arXiv 1905.09788. The formula follows from the abstract; there is no code of the author.
+
     """
     _check_arguments(x, weight, bias, target, class_weight)
     check_at_least("num_samples", num_samples, 1)
@@ -113,7 +120,7 @@ def multi_sample_dropout_cross_entropy(
     code = REDUCTIONS.index(reduction)
     data = (x, weight, bias, target, class_weight, rate, smoothing, bits)
     if transformed():
-        return _loss(*data, num_samples, ignore_index, code).to(result_dtype)
+        return _loss(code, *data, num_samples, ignore_index).to(result_dtype)
     gradients = _wanted_gradients(x, weight, bias) if torch.is_grad_enabled() else 0
     loss: Tensor = FORWARD(*data, num_samples, ignore_index, code, gradients)[0]
     return loss.to(result_dtype)
@@ -161,9 +168,6 @@ def _wanted_gradients(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     return wanted + _GRAD_BIAS * (bias is not None and bias.requires_grad)
 
 
-# --- The reference: short, in the notation of the docstring ---------------------------------------------------------------
-
-
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(accumulate_dtype(tensor.dtype))
 
@@ -171,7 +175,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def _logits(
     x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensor, seed: Tensor, num_samples: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits [M, B, C], masked features [M, B, D] and the mask; the factor r follows the product."""
+    """Return logits [M, B, C], masked features [M, B, D] and mask; r follows the product."""
     keep = dropout_mask(tuple(x.shape), p, seed, num_samples)
     masked = torch.where(keep, _wide(x), 0)
     z = masked @ _wide(weight).T / (1 - p).to(masked.dtype)
@@ -179,9 +183,13 @@ def _logits(
 
 
 def _target_rows(
-    target: Tensor, class_weight: Tensor | None, label_smoothing: Tensor, ignore_index: int, like: Tensor
+    target: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: Tensor,
+    ignore_index: int,
+    like: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Return the target rows t [B, C] and the weights omega_y [B] of the rows, both zero where ignored."""
+    """Return target rows t [B, C] and row weights omega_y [B], both zero where ignored."""
     classes = like.shape[-1]
     omega = like.new_ones(classes) if class_weight is None else class_weight.to(like.dtype)
     counts = (target != ignore_index)[:, None]
@@ -192,6 +200,7 @@ def _target_rows(
 
 
 def _loss(
+    reduction: int,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -202,7 +211,6 @@ def _loss(
     seed: Tensor,
     num_samples: int,
     ignore_index: int,
-    reduction: int,
 ) -> Tensor:
     """Compute the loss in plain, differentiable PyTorch; the specification."""
     z, _, _ = _logits(x, weight, bias, p, seed, num_samples)
@@ -215,6 +223,7 @@ def _loss(
 
 
 def _gradients(
+    gradients: int,
     grad_rows: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -226,12 +235,11 @@ def _gradients(
     seed: Tensor,
     num_samples: int,
     ignore_index: int,
-    gradients: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the wanted gradients from those of the row losses [B], by formula: a kernel runs below autograd.
+    """Compute the wanted gradients from those of the row losses [B]; by formula, not autograd.
 
-    They come in the accumulation type. A gradient scaler multiplies the loss, which saves float16 gradients from underflow
-    only if they are rounded after the multiplication.
+    They come in the accumulation type. A gradient scaler multiplies the loss, which saves float16
+    gradients from underflow only if they are rounded after the multiplication.
     """
     z, masked, keep = _logits(x, weight, bias, p, seed, num_samples)
     t, _ = _target_rows(target, class_weight, label_smoothing, ignore_index, z)
@@ -239,13 +247,12 @@ def _gradients(
     g = torch.where((target == ignore_index)[:, None], 0, g)
     r = 1 / (1 - p).to(g.dtype)
     return (
-        torch.where(keep, g @ _wide(weight), 0).sum(0) * r if gradients & _GRAD_X else g.new_empty(0),
+        torch.where(keep, g @ _wide(weight), 0).sum(0) * r
+        if gradients & _GRAD_X
+        else g.new_empty(0),
         torch.einsum("sbc,sbd->cd", g, masked) * r if gradients & _GRAD_WEIGHT else g.new_empty(0),
         g.sum((0, 1)) if gradients & _GRAD_BIAS else g.new_empty(0),
     )
-
-
-# --- The operators --------------------------------------------------------------------------------------------------------
 
 
 def _check_values(
@@ -267,27 +274,31 @@ def _check_values(
 
 
 def _forward_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *data, num_samples, ignore_index, reduction, gradients = arguments
-    x, weight, bias, target, class_weight, p, label_smoothing, _ = data
+    *call, reduction, gradients = arguments
+    x, weight, _, target, class_weight, p, label_smoothing, _, _, ignore_index = call
     _check_values(weight, target, p, label_smoothing, ignore_index)
-    loss = _loss(*data, num_samples, ignore_index, reduction)
+    loss = _loss(reduction, *call)
     if reduction == _NONE:
         gradients = 0
     unit = torch.ones(x.shape[0], dtype=loss.dtype, device=x.device)
     if reduction == _MEAN:
-        unit /= _target_rows(target, class_weight, label_smoothing, ignore_index, _wide(weight).T)[1].sum()
-    return loss, *_gradients(unit, *data, num_samples, ignore_index, gradients)
+        like = loss.new_empty(0, weight.shape[0])
+        unit /= _target_rows(target, class_weight, label_smoothing, ignore_index, like)[1].sum()
+    return loss, *_gradients(gradients, unit, *call)
 
 
 def _backward_reference(
-    grad_loss: Tensor, unit_grad_x: Tensor, unit_grad_weight: Tensor, unit_grad_bias: Tensor, *arguments: Any
+    grad_loss: Tensor,
+    unit_grad_x: Tensor,
+    unit_grad_weight: Tensor,
+    unit_grad_bias: Tensor,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *data, num_samples, ignore_index, reduction, gradients = arguments
+    *call, reduction, gradients = arguments
+    found = unit_grad_x * grad_loss, unit_grad_weight * grad_loss, unit_grad_bias * grad_loss
     if reduction == _NONE:
-        found = _gradients(grad_loss, *data, num_samples, ignore_index, gradients)
-    else:
-        found = unit_grad_x * grad_loss, unit_grad_weight * grad_loss, unit_grad_bias * grad_loss
-    grad_x, grad_weight, grad_bias = (gradient.to(data[0].dtype) for gradient in found)
+        found = _gradients(gradients, grad_loss, *call)
+    grad_x, grad_weight, grad_bias = (gradient.to(call[0].dtype) for gradient in found)
     return grad_x, grad_weight, grad_bias
 
 
@@ -301,7 +312,9 @@ def _gradients_fake(
     )
 
 
-def _forward_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward_fake(
+    x: Tensor, weight: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, reduction, gradients = arguments
     shape = x.shape[:1] if reduction == _NONE else ()
     dtype = accumulate_dtype(x.dtype)
@@ -310,62 +323,72 @@ def _forward_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, T
 
 
 def _backward_fake(
-    grad_loss: Tensor, unit_grad_x: Tensor, unit_grad_weight: Tensor, unit_grad_bias: Tensor,
-    x: Tensor, weight: Tensor, *arguments: Any,
+    grad_loss: Tensor,
+    unit_grad_x: Tensor,
+    unit_grad_weight: Tensor,
+    unit_grad_bias: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients_fake(x, weight, arguments[-1], x.dtype)
 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *data, num_samples, ignore_index, reduction, gradients = inputs
     _, *unit_gradients = output
     ctx.mark_non_differentiable(*unit_gradients)
-    ctx.save_for_backward(*unit_gradients, *data)
-    ctx.options = (num_samples, ignore_index, reduction, gradients)
+    ctx.save_for_backward(*unit_gradients, *inputs[:8])
+    ctx.options = inputs[8:]
 
 
-def _forward_backward(backend: str | None, ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _forward_backward(
+    backend: str | None, ctx: Any, grad_loss: Tensor, *_: Tensor
+) -> tuple[Any, ...]:
     found = BACKWARD.kernel(backend)(grad_loss, *ctx.saved_tensors, *ctx.options)
     return _if_wanted(found, ctx.options[-1]) + (None,) * 9
 
 
-def _if_wanted(found: tuple[Tensor, ...], gradients: int) -> tuple[Tensor | None, ...]:
+def _if_wanted(found: Sequence[Any], gradients: int) -> tuple[Any, ...]:
     bits = (_GRAD_X, _GRAD_WEIGHT, _GRAD_BIAS)
-    return tuple(grad if gradients & bit else None for grad, bit in zip(found, bits, strict=True))
+    return tuple(item if gradients & bit else None for item, bit in zip(found, bits, strict=True))
 
 
 def _backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_loss, _, _, _, *data, num_samples, ignore_index, reduction, gradients = inputs
-    ctx.save_for_backward(grad_loss, *data)
-    ctx.options = (num_samples, ignore_index, reduction, gradients)
+    ctx.save_for_backward(inputs[0], *inputs[4:12])
+    ctx.options = inputs[12:]
 
 
 def _double_backward(backend: str | None, ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-    """Differentiate the gradients through the reference, which materialises masks and logits. Any order works."""
+    """Differentiate the gradients through the reference, which holds masks and logits."""
     grad_loss, x, weight, bias, *rest = ctx.saved_tensors
-    *options, gradients = ctx.options
+    num_samples, ignore_index, reduction, gradients = ctx.options
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases: derivatives stop here, even where one input was computed from another.
-        aliases = [
-            None if tensor is None else _alias(tensor, create_graph)
-            for tensor in (grad_loss, x, weight, bias)
-        ]
-        loss = _loss(*aliases[1:], *rest, *options).to(grad_loss.dtype)
-        inputs = _if_wanted(tuple(aliases[1:]), gradients)
-        pairs = [
-            (tensor, cotangent.to(tensor.dtype))
-            for tensor, cotangent in zip(inputs, cotangents, strict=True)
-            if tensor is not None
-        ]
-        first = torch.autograd.grad(loss, [tensor for tensor, _ in pairs], aliases[0], create_graph=True)
-        variables = [alias for alias in aliases if alias is not None]
-        second = torch.autograd.grad(
-            first, variables, [cotangent for _, cotangent in pairs], create_graph=create_graph, allow_unused=True
+        cotangent = _alias(grad_loss, create_graph)
+        data = [None if t is None else _alias(t, create_graph) for t in (x, weight, bias)]
+        call: list[Any] = [*data, *rest, num_samples, ignore_index]
+        loss = _loss(reduction, *call)
+        wanted = _if_wanted(data, gradients)
+        first = torch.autograd.grad(
+            loss, [tensor for tensor in wanted if tensor is not None], cotangent, create_graph=True
         )
-    found = dict(zip(map(id, variables), second, strict=True))
-    by_input = [None if alias is None else found[id(alias)] for alias in aliases]
-    return (by_input[0], None, None, None, *by_input[1:], *(None,) * 9)
+        variables = [tensor for tensor in (cotangent, *data) if tensor is not None]
+        second = torch.autograd.grad(
+            first,
+            variables,
+            [c.to(f.dtype) for c, f in zip(_chosen(cotangents, wanted), first, strict=True)],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    by_loss, *by_data = second
+    if bias is None:
+        by_data.append(None)  # type: ignore[arg-type]
+    return (by_loss, None, None, None, *by_data, *(None,) * 9)
+
+
+def _chosen(items: Sequence[Tensor], wanted: Sequence[Tensor | None]) -> list[Tensor]:
+    return [item for item, want in zip(items, wanted, strict=True) if want is not None]
 
 
 def _alias(tensor: Tensor, keep_history: bool) -> Tensor:
@@ -375,8 +398,9 @@ def _alias(tensor: Tensor, keep_history: bool) -> Tensor:
 
 
 _DATA = (
-    "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, Tensor p, Tensor label_smoothing, "
-    "Tensor seed, SymInt num_samples, int ignore_index, int reduction, int gradients"
+    "Tensor x, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, "
+    "Tensor p, Tensor label_smoothing, Tensor seed, "
+    "SymInt num_samples, int ignore_index, int reduction, int gradients"
 )
 FORWARD = Operator(
     "multi_sample_dropout_cross_entropy",

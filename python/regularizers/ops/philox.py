@@ -1,7 +1,8 @@
-"""Philox 4x32-10 in PyTorch: the reference of the random bits, and the rules that turn words into masks.
+"""Philox 4x32-10 in PyTorch: the reference of the random bits, and how words become masks.
 
-Key = seed; counter = (call low, call high, stream, step); element e of a stream takes word e % 4 of call e // 4. The same
-words come from csrc/philox.h and from Triton's ``tl.philox``; docs/operators.md promises them.
+Key = seed; counter = (call low, call high, stream, step); element e of a stream takes word e % 4 of
+call e // 4. The same words come from csrc/philox.h and from Triton's ``tl.philox``;
+docs/operators.md promises them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ _LOW = 0xFFFFFFFF
 WORDS_PER_CALL = 4
 
 
-def philox_4x32(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
+def philox_4x32(
+    counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | int]
+) -> tuple[Tensor, ...]:
     """Return the four words of Philox 4x32-10.
 
     Args:
@@ -33,13 +36,15 @@ def philox_4x32(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tens
         ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
 
     Source:
-        J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; checked against the
-        authors' known answers.
+        J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
+        2011; checked against the authors' known answers.
+
     """
     c0, c1, c2, c3 = counter
     key0, key1 = key
     for _ in range(10):
-        # int64 products wrap modulo 2^64, and an arithmetic shift keeps the upper word's bits: masking restores both.
+        # int64 products wrap modulo 2^64, and an arithmetic shift keeps the upper word's bits:
+        # masking restores both.
         product0, product2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product2 >> 32) & _LOW) ^ c1 ^ key0,
@@ -67,8 +72,9 @@ def philox_words(
         int64 tensor ``[num_elements]`` or ``[s, num_elements]``, values in [0, 2^32).
 
     Example:
-        >>> philox_words(torch.tensor(42), 4).tolist() == [0x9CEAF053, 0x77F5493B, 0x12BF50AD, 0x5742B3D7]
-        True
+        >>> philox_words(torch.tensor(42), 4).tolist() == [0x9CEAF053, 0x77F5493B, 0x12BF50AD,
+        0x5742B3D7] True
+
     """
     calls = -(-num_elements // WORDS_PER_CALL)
     call = torch.arange(first_call, first_call + calls, device=seed.device)
@@ -80,7 +86,7 @@ def philox_words(
 
 
 def dropout_mask(shape: tuple[int, ...], p: Tensor, seed: Tensor, num_samples: int) -> Tensor:
-    """Return which elements dropout keeps: sample s is stream s, an element's index is its place in row-major order.
+    """Return which elements dropout keeps; sample s is stream s, elements count in row-major order.
 
     The rule is "drop iff word < round(p 2^32)", so p = 1 drops everything.
 
@@ -96,6 +102,7 @@ def dropout_mask(shape: tuple[int, ...], p: Tensor, seed: Tensor, num_samples: i
     Example:
         >>> dropout_mask((2, 4), torch.tensor(0.5).double(), torch.tensor(42), 1).int().tolist()
         [[[1, 0, 0, 0], [1, 0, 1, 0]]]
+
     """
     num_elements = 1
     for size in shape:
@@ -107,7 +114,9 @@ def dropout_mask(shape: tuple[int, ...], p: Tensor, seed: Tensor, num_samples: i
 
 
 def _word_tensor(seed: Tensor, first_call: int, calls: int, stream: int, step: int) -> Tensor:
-    words = philox_words(seed, calls * WORDS_PER_CALL, stream=stream, step=step, first_call=first_call)
+    words = philox_words(
+        seed, calls * WORDS_PER_CALL, stream=stream, step=step, first_call=first_call
+    )
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
@@ -115,7 +124,8 @@ def _word_tensor_fake(seed: Tensor, first_call: int, calls: int, stream: int, st
     return seed.new_empty(calls * WORDS_PER_CALL, dtype=torch.int32)
 
 
-# The generator alone, as int32 bit patterns: what the tests hold against the reference and the benchmarks time as a floor.
+# The generator alone, as int32 bit patterns: what the tests hold against the reference and the
+# benchmarks time as a floor.
 PHILOX_WORDS = Operator(
     "philox_words",
     "(Tensor seed, SymInt first_call, SymInt calls, SymInt stream, SymInt step) -> Tensor",

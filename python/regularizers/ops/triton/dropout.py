@@ -50,7 +50,7 @@ def dropout_samples_adjoint(y: Tensor, p: Tensor, seed: Tensor) -> Tensor:
 
 
 @triton.constexpr_function
-def accumulate_dtype(dtype):
+def accumulate_type(dtype):
     """Return what sums of a type are made in: float64 for float64, else float32."""
     return tl.float64 if dtype == tl.float64 else tl.float32
 
@@ -68,12 +68,12 @@ def _block(elements, BLOCK: tl.constexpr):
 @triton.jit
 def _samples(x, y, p, seed, elements, num_samples, samples_per_program, BLOCK: tl.constexpr):
     call, element, inside = _block(elements, BLOCK)
-    rule = drop_rule(p)
-    kept = tl.load(x + element, inside).to(accumulate_dtype(x.dtype.element_ty))
+    rule, bits = drop_rule(p), tl.load(seed)
+    kept = tl.load(x + element, inside).to(accumulate_type(x.dtype.element_ty))
     kept = (kept * keep_scale(p).to(kept.dtype)).to(x.dtype.element_ty)
     first = tl.program_id(1) * samples_per_program
     for sample in range(first, min(first + samples_per_program, num_samples)):
-        keep = keep_calls(seed, rule, call, sample)
+        keep = keep_calls(bits, rule, call, sample)
         place = tl.cast(sample, tl.int64) * elements + element
         tl.store(y + place, tl.where(keep, kept, 0.0), inside)
 
@@ -82,10 +82,10 @@ def _samples(x, y, p, seed, elements, num_samples, samples_per_program, BLOCK: t
 @triton.jit
 def _adjoint(y, x, p, seed, elements, num_samples, sample_stride, BLOCK: tl.constexpr):
     call, element, inside = _block(elements, BLOCK)
-    rule = drop_rule(p)
-    total = tl.zeros_like(element).to(accumulate_dtype(y.dtype.element_ty))
+    rule, bits = drop_rule(p), tl.load(seed)
+    total = tl.zeros_like(element).to(accumulate_type(y.dtype.element_ty))
     for sample in range(num_samples):
-        keep = keep_calls(seed, rule, call, sample)
+        keep = keep_calls(bits, rule, call, sample)
         place = tl.cast(sample, tl.int64) * sample_stride + element
         total += tl.where(keep, tl.load(y + place, inside).to(total.dtype), 0.0)
     total *= keep_scale(p).to(total.dtype)

@@ -28,10 +28,10 @@ def keep_scale(p):
 
 @triton.jit
 def call_words(seed, call, stream):
-    """Return the four words of each call: ``seed`` points to an int64, ``call`` is int64, ``stream`` broadcasts to it."""
+    """Return the four words of each call; ``seed`` and ``call`` are int64, ``stream`` broadcasts to ``call``."""
     # tl.philox picks Philox 4x32 or 4x64 by the width of the first counter word.
     low, high = call.to(tl.uint32), (call >> 32).to(tl.uint32)
-    return tl.philox(tl.load(seed), low, high, tl.cast(stream, tl.uint32), 0)
+    return tl.philox(seed, low, high, tl.cast(stream, tl.uint32), 0)
 
 
 @triton.jit

@@ -1,0 +1,60 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+#
+# A torch that the active environment already has is used as it is; otherwise the Makefile makes .venv and installs the
+# pinned one of requirements.txt there.
+PYTHON ?= python3
+ifeq ($(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes),yes)
+  RUN := $(PYTHON)
+  INSTALLED := build/.installed
+else
+  RUN := .venv/bin/python
+  INSTALLED := .venv/.installed
+endif
+
+SOURCES := setup.py pyproject.toml requirements.txt CMakeLists.txt $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: install demo test bench lint format docs clean
+
+install: $(INSTALLED)
+
+demo: install
+	$(RUN) -m regularizers demo
+
+# Triton's interpreter has to be chosen before import, hence the second process.
+test: install
+	$(RUN) -m pytest tests python/regularizers --doctest-modules --ignore=python/regularizers/ops/triton
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/ops/test_triton.py -m interpreter
+
+bench: install
+	$(RUN) -m regularizers bench
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m clang_format --dry-run -Werror $(CXX_FILES) 2>/dev/null || clang-format --dry-run -Werror $(CXX_FILES)
+
+format: install
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(RUN) -m clang_format -i $(CXX_FILES)
+
+docs: install
+	$(RUN) -m sphinx -W -q -b html docs docs/_build
+
+clean:
+	rm -rf build dist docs/_build docs/generated python/regularizers/*.so python/*.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python $(SOURCES)
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet -r requirements.txt setuptools wheel cmake ninja pybind11
+	.venv/bin/python -m pip install --quiet --no-build-isolation -c requirements.txt -e '.[bench,dev,docs]'
+	touch $@
+
+build/.installed: $(SOURCES)
+	$(PYTHON) -m pip install --quiet --no-build-isolation -e '.[bench,dev]'
+	mkdir -p build && touch $@
