@@ -1,6 +1,8 @@
 """The benchmark framework on synthetic times and toy cases; nothing here depends on the clock."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import types
 
@@ -15,6 +17,7 @@ from regularizers._bench.measure import (
     interleave,
     peak_allocated,
     peak_resident,
+    trim_heap,
 )
 from regularizers._bench.results import FORMAT, Report, Spread, summarise
 
@@ -127,6 +130,14 @@ def test_page_faults_of_a_fresh_tensor_are_counted():
     assert sorted(samples["kept"].minor_faults)[MIN_ROUNDS // 2] < 32
 
 
+def test_fresh_memory_makes_every_call_pay_for_its_pages():
+    if not trim_heap():
+        pytest.skip("needs glibc")
+    small = fresh_fill(8 * MEBIBYTE, dtype=torch.uint8)  # the heap recycles a result of this size
+    samples = interleave({"small": small}, seconds=0.0, fresh_memory=True)
+    assert min(samples["small"].minor_faults) >= 4
+
+
 def test_peak_allocated_is_exact():
     def call():
         first = torch.ones(64 * MEBIBYTE, dtype=torch.uint8)
@@ -190,8 +201,9 @@ def _toy_case(size):
     )
 
 
-@pytest.fixture
-def toy_run(monkeypatch, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """One whole run: its status, its folder and what it printed."""
     curves = [
         ScalingCurve("time", "toy", "size", (1000, 4000), _toy_case),
         ScalingCurve(
@@ -202,9 +214,12 @@ def toy_run(monkeypatch, tmp_path, capsys):
     module = types.SimpleNamespace(
         cases=lambda device, quick: [_toy_case(1000)], scaling=lambda device, quick: curves
     )
-    monkeypatch.setattr(runner, "discover", lambda family: {"toy": module})
-    status = run("toy", output=tmp_path / "new", seconds=0.0)
-    return status, tmp_path / "new", capsys.readouterr().out
+    folder = tmp_path_factory.mktemp("bench") / "new"
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(runner, "discover", lambda family: {"toy": module})
+        status = run("toy", output=folder, seconds=0.0)
+    return status, folder, printed.getvalue()
 
 
 def test_run_writes_json_and_a_plot_for_every_curve(toy_run):

@@ -105,11 +105,14 @@ double total_weight(const Inputs& inputs) {
 // fits the second-level cache gets one group a thread, each with a gradient of its own to be added
 // up at the end: no waiting, and the operand never changes core.
 struct Plan {
-  int64_t groups, group_rows, chunk_rows, chunk_samples;
+  int64_t threads, groups, group_rows, chunk_rows, chunk_samples;
 
   Plan(const MaskedLinearCrossEntropy& problem, int64_t element_bytes) {
     constexpr int64_t kPrivateGradientBytes = 1 << 18;
-    const int64_t threads = torch::stable::get_num_threads();
+    constexpr int64_t kSerialProducts = 1 << 18;  // below about 10 us, waking a thread costs more
+    const int64_t products =
+        problem.rows * problem.num_samples * problem.features * problem.classes;
+    threads = products < kSerialProducts ? 1 : torch::stable::get_num_threads();
     const bool is_private =
         problem.classes * problem.features * element_bytes <= kPrivateGradientBytes;
     groups = is_private ? std::max<int64_t>(1, std::min(threads, problem.rows)) : 1;
@@ -121,6 +124,12 @@ struct Plan {
     chunk_samples = std::min(problem.num_samples, thread_rows);
     chunk_rows = std::max<int64_t>(1, thread_rows / chunk_samples) * (is_private ? 1 : threads);
     chunk_rows = std::min(chunk_rows, group_rows);
+  }
+
+  // Calls body(begin, end) on ranges of [0, count), on the plan's threads.
+  template <typename Body>
+  void parallel(int64_t count, int64_t grain, const Body& body) const {
+    torch::stable::parallel_for(0, count, threads == 1 ? count : grain, body);
   }
 };
 
@@ -169,7 +178,6 @@ void* slice(const Tensor& tensor, int64_t group) {
 // on the calling thread.
 void run_group(const MaskedLinearCrossEntropyKernels& kernel, MaskedLinearCrossEntropy problem,
                const Plan& plan, int64_t begin, int64_t end, int64_t gradients) {
-  using torch::stable::parallel_for;
   const int64_t feature_panels = divide_up(problem.features, kernel.panel_width);
   for (problem.chunk_row = begin; problem.chunk_row < end; problem.chunk_row += plan.chunk_rows) {
     const int64_t rows = std::min(plan.chunk_rows, end - problem.chunk_row);
@@ -178,16 +186,16 @@ void run_group(const MaskedLinearCrossEntropyKernels& kernel, MaskedLinearCrossE
       problem.chunk_samples =
           std::min(plan.chunk_samples, problem.num_samples - problem.chunk_sample);
       const int64_t size = rows * problem.chunk_samples;
-      parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
+      plan.parallel(rows, 1, [&](int64_t first, int64_t last) {
         kernel.rows(problem, first, last, gradients != 0);
       });
       if (gradients & kGradWeight) {
-        parallel_for(0, feature_panels, 1, [&](int64_t first, int64_t last) {
+        plan.parallel(feature_panels, 1, [&](int64_t first, int64_t last) {
           kernel.weight_gradient(problem, size, first, last);
         });
       }
       if (gradients & kGradBias) {
-        parallel_for(0, problem.classes, 256, [&](int64_t first, int64_t last) {
+        plan.parallel(problem.classes, 256, [&](int64_t first, int64_t last) {
           kernel.bias_gradient(problem, size, first, last);
         });
       }
@@ -229,7 +237,6 @@ struct Result {
 // One pass over all rows and samples. row_gradient [rows] is the gradient of the result with
 // respect to a row's loss.
 Result run(const Inputs& inputs, int64_t gradients, std::vector<double> row_gradient) {
-  using torch::stable::parallel_for;
   const MaskedLinearCrossEntropyKernels& kernel = inputs.kernel();
   const bool wants_x = gradients & kGradX;
   MaskedLinearCrossEntropy problem = describe(inputs);
@@ -256,11 +263,11 @@ Result run(const Inputs& inputs, int64_t gradients, std::vector<double> row_grad
   problem.row_loss = row_loss.data();
   problem.grad_x = wants_x ? grad_x.mutable_data_ptr() : nullptr;
 
-  parallel_for(0, divide_up(problem.classes, kernel.panel_width), 1,
-               [&](int64_t begin, int64_t end) { kernel.pack_by_class(problem, begin, end); });
+  plan.parallel(divide_up(problem.classes, kernel.panel_width), 1,
+                [&](int64_t begin, int64_t end) { kernel.pack_by_class(problem, begin, end); });
   if (wants_x) {
-    parallel_for(0, divide_up(problem.features, kernel.panel_width), 1,
-                 [&](int64_t begin, int64_t end) { kernel.pack_by_feature(problem, begin, end); });
+    plan.parallel(divide_up(problem.features, kernel.panel_width), 1,
+                  [&](int64_t begin, int64_t end) { kernel.pack_by_feature(problem, begin, end); });
   }
   const auto work = [&](int64_t first, int64_t last) {
     for (int64_t group = first; group < last; ++group) {
@@ -278,7 +285,7 @@ Result run(const Inputs& inputs, int64_t gradients, std::vector<double> row_grad
   if (plan.groups == 1) {
     work(0, 1);  // the threads are used inside
   } else {
-    parallel_for(0, plan.groups, 1, work);
+    plan.parallel(plan.groups, 1, work);
   }
   for (double& loss : row_loss) {
     loss /= static_cast<double>(problem.num_samples);

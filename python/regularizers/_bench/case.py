@@ -49,6 +49,9 @@ class Case:
         goals: the project's goals for this case.
         bytes_moved: bytes that ``ours`` has to read and write at least; the table shows a rate.
         flops: likewise, floating-point operations.
+        fresh_memory: True gives the heap's free memory back to the system before every call, so
+            that each candidate pays for every page it touches. False lets them recycle; then a
+            large result is new or recycled as the calls before it left the heap.
         timed: False measures memory only, for calls too slow to repeat.
     """
 
@@ -60,6 +63,7 @@ class Case:
     goals: Sequence[Goal] = ()
     bytes_moved: int | None = None
     flops: int | None = None
+    fresh_memory: bool = False
     timed: bool = True
 
     def __post_init__(self) -> None:

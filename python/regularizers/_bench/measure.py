@@ -7,6 +7,7 @@ machine and the state of caches and heap reach all of them alike. Ratios are tak
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import os
 import random
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd.profiler import profile
@@ -40,6 +42,7 @@ def interleave(
     *,
     seconds: float,
     device: str = "cpu",
+    fresh_memory: bool = False,
     seed: int = 0,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> dict[str, Samples]:
@@ -49,6 +52,7 @@ def interleave(
         calls: the candidates, already warm.
         seconds: time budget; at least ``MIN_ROUNDS`` rounds run, at most ``MAX_ROUNDS``.
         device: ``"cpu"`` or ``"cuda"``.
+        fresh_memory: whether to give the heap's free memory back before every call, off the clock.
         seed: seed of the orders.
         progress: told after every round which fraction of the work is done.
 
@@ -66,6 +70,8 @@ def interleave(
         for done in range(1, MAX_ROUNDS + 1):
             shuffle(order)
             for name in order:
+                if fresh_memory:
+                    trim_heap()
                 _sample(calls[name], time_call, samples[name])
             elapsed = time.perf_counter() - start
             progress(min(1.0, elapsed / max(seconds, 1e-9), done / MIN_ROUNDS))
@@ -139,13 +145,28 @@ def peak_resident(call: Call) -> int | None:
         Bytes, or None where there is no Linux with glibc.
     """
     try:
-        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
+    except OSError:
+        return None
+    if not trim_heap():
         return None
     before = _status("VmRSS")
     call()
     return max(0, _status("VmHWM") - before)
+
+
+def trim_heap() -> bool:
+    """Give the free memory of the heap back to the system; False where the C library cannot."""
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is None:
+        return False
+    trim(0)
+    return True
+
+
+@functools.cache
+def _c_library() -> Any:
+    return ctypes.CDLL(None)
 
 
 def _status(field_name: str) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from regularizers._bench import machine
 from regularizers._bench.case import Call, Case, ScalingCurve
-from regularizers._bench.measure import interleave, peak_allocated, peak_resident
+from regularizers._bench.measure import Samples, interleave, peak_allocated, peak_resident
 from regularizers._bench.results import FORMAT, CaseResult, CurveResult, Report, summarise
 
 if TYPE_CHECKING:
@@ -109,12 +109,19 @@ def measure_case(
         except Exception as error:  # whatever a candidate needs and this machine lacks
             missing[name] = f"{type(error).__name__}: {error}"
             del calls[name]
+    samples: dict[str, Samples] = {}
+    if case.timed and calls:
+        samples = interleave(
+            calls,
+            seconds=seconds,
+            device=device,
+            fresh_memory=case.fresh_memory,
+            progress=progress,
+        )
     return summarise(
         case,
         missing=missing,
-        samples=interleave(calls, seconds=seconds, device=device, progress=progress)
-        if case.timed and calls
-        else {},
+        samples=samples,
         peak_bytes={name: peak_allocated(call, device) for name, call in calls.items()},
         resident_bytes={
             name: peak_resident(call) if device == "cpu" else None for name, call in calls.items()

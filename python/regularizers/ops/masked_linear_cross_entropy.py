@@ -295,9 +295,10 @@ def _backward_reference(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *call, reduction, gradients = arguments
-    found = unit_grad_x * grad_loss, unit_grad_weight * grad_loss, unit_grad_bias * grad_loss
     if reduction == _NONE:
         found = _gradients(gradients, grad_loss, *call)
+    else:
+        found = unit_grad_x * grad_loss, unit_grad_weight * grad_loss, unit_grad_bias * grad_loss
     grad_x, grad_weight, grad_bias = (gradient.to(call[0].dtype) for gradient in found)
     return grad_x, grad_weight, grad_bias
 

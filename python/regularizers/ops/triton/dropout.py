@@ -1,6 +1,6 @@
-"""Triton kernels of dropout_samples and its adjoint: x is read once for all samples, masks are made in registers.
+"""Triton kernels of dropout_samples and its adjoint: x is read once, masks are made in registers.
 
-The fallback of csrc/cuda/dropout.cu; contiguous tensors go straight through, others through a contiguous copy.
+The fallback of csrc/cuda/dropout.cu. Contiguous tensors go straight through, others as a copy.
 """
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 from regularizers.ops.dropout import _adjoint_fake, _check_rate, _fake
 from regularizers.ops.triton.philox import WORDS_PER_CALL, drop_rule, keep_calls, keep_scale
 
-# Philox calls of one program: 1024 elements on four warps, eight a thread, which is one 16-byte access of a half type.
+# Philox calls of one program: 1024 elements on four warps, eight a thread, which is one 16-byte
+# access of a half type.
 BLOCK_CALLS = 256
-# A small x is spread over more programs by its samples until there are about as many as a large GPU runs at once.
+# A small x is spread over more programs by its samples, until there are about as many as a large
+# GPU runs at once.
 FILLING_PROGRAMS = 1024
 
 
@@ -29,7 +31,14 @@ def dropout_samples(x: Tensor, p: Tensor, seed: Tensor, num_samples: int) -> Ten
     groups = min(num_samples, triton.cdiv(FILLING_PROGRAMS, blocks))
     with torch.cuda.device_of(x):
         _samples[(blocks, groups)](
-            x.contiguous(), dense, p, seed, elements, num_samples, triton.cdiv(num_samples, groups), BLOCK_CALLS
+            x.contiguous(),
+            dense,
+            p,
+            seed,
+            elements,
+            num_samples,
+            triton.cdiv(num_samples, groups),
+            BLOCK_CALLS,
         )
     return out if dense is out else out.copy_(dense)
 
@@ -64,8 +73,9 @@ def _block(elements, BLOCK: tl.constexpr):
     return call, element, element < elements
 
 
-# y_se = r x_e where m_se, else 0, with r = 1 / (1 - p). Selected, never multiplied: a NaN under a dropped element stays there.
-@triton.jit
+# y_se = r x_e where m_se, else 0; r = 1 / (1 - p). Selected, never multiplied: a NaN under a
+# dropped element stays there.
+@triton.jit(do_not_specialize=["num_samples", "samples_per_program"])
 def _samples(x, y, p, seed, elements, num_samples, samples_per_program, BLOCK: tl.constexpr):
     call, element, inside = _block(elements, BLOCK)
     rule, bits = drop_rule(p), tl.load(seed)
@@ -79,7 +89,7 @@ def _samples(x, y, p, seed, elements, num_samples, samples_per_program, BLOCK: t
 
 
 # dx_e = r sum_s (dy_se where m_se, else 0), added up in the order of samples.
-@triton.jit
+@triton.jit(do_not_specialize=["num_samples"])
 def _adjoint(y, x, p, seed, elements, num_samples, sample_stride, BLOCK: tl.constexpr):
     call, element, inside = _block(elements, BLOCK)
     rule, bits = drop_rule(p), tl.load(seed)

@@ -1,6 +1,7 @@
-"""Philox words and the Bernoulli rule inside Triton kernels; the same bits as csrc/philox.h and ops/philox.py.
+"""Philox words and the Bernoulli rule inside Triton kernels; the same bits as csrc/philox.h.
 
-Key = seed; counter = (call low, call high, stream, step 0); element e of a stream takes word e % 4 of call e // 4.
+Key = seed; counter = (call low, call high, stream, step 0); element e of a stream takes word e % 4
+of call e // 4.
 """
 
 import triton
@@ -11,9 +12,10 @@ WORDS_PER_CALL = tl.constexpr(4)
 
 @triton.jit
 def drop_rule(p):
-    """Return the rule "drop iff word < round(p 2^32)" in 32 bits: (largest dropped word, whether any word is dropped).
+    """Return the rule "drop iff word < round(p 2^32)": the largest dropped word, if there is one.
 
-    ``p`` points to a float64. At p = 1 the threshold 2^32 needs 33 bits, the largest dropped word 2^32 - 1 does not.
+    ``p`` points to a float64. At p = 1 the threshold 2^32 needs 33 bits, the largest dropped word
+    does not.
     """
     threshold = (tl.load(p) * 4294967296.0 + 0.5).to(tl.uint64)
     return (threshold - 1).to(tl.uint32), threshold > 0
@@ -28,7 +30,7 @@ def keep_scale(p):
 
 @triton.jit
 def call_words(seed, call, stream):
-    """Return the four words of each call; ``seed`` and ``call`` are int64, ``stream`` broadcasts to ``call``."""
+    """Return the four words of each call (int64) of a stream, which broadcasts to the calls."""
     # tl.philox picks Philox 4x32 or 4x64 by the width of the first counter word.
     low, high = call.to(tl.uint32), (call >> 32).to(tl.uint32)
     return tl.philox(seed, low, high, tl.cast(stream, tl.uint32), 0)
@@ -36,7 +38,7 @@ def call_words(seed, call, stream):
 
 @triton.jit
 def keep_calls(seed, rule, call, stream):
-    """Return which elements of whole calls are kept: ``call`` [..., n] gives [..., 4 n], in the order of elements."""
+    """Return which elements of whole calls are kept: calls [..., n] give [..., 4 n] in order."""
     last_dropped, drops = rule
     word0, word1, word2, word3 = call_words(seed, call, stream)
     words = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
@@ -45,7 +47,7 @@ def keep_calls(seed, rule, call, stream):
 
 @triton.jit
 def keep_elements(seed, rule, element, stream):
-    """Return which elements are kept, at any places: four times the work of :func:`keep_calls` for an element."""
+    """Return which elements (int64, any) are kept, for four times the work of ``keep_calls``."""
     last_dropped, drops = rule
     word0, word1, word2, word3 = call_words(seed, element // WORDS_PER_CALL, stream)
     place = element % WORDS_PER_CALL
