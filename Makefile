@@ -56,5 +56,5 @@ clean:
 	touch $@
 
 build/.installed: $(SOURCES)
-	$(PYTHON) -m pip install --quiet --no-build-isolation -e '.[bench,dev]'
+	$(PYTHON) -m pip install --quiet --no-build-isolation -e '.[bench,dev,docs]'
 	mkdir -p build && touch $@

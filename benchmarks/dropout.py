@@ -54,7 +54,7 @@ def scaling(device: str, quick: bool) -> list[ScalingCurve]:
     curves = [
         ScalingCurve(
             "samples-over-batch",
-            f"dropout_samples, M = {M}, x [B, {features}], fresh memory",
+            f"dropout_samples, M = {M}, x [B, {features}]{_regime(device, fresh=True)}",
             "batch size B",
             (64, 256, 1024) if quick else (16, 32, 64, 128, 256, 512, 1024, 2048),
             lambda batch: _samples_fresh((batch, features), device),
@@ -71,7 +71,7 @@ def scaling(device: str, quick: bool) -> list[ScalingCurve]:
         curves += [
             ScalingCurve(
                 "samples-over-batch-recycled",
-                f"dropout_samples, M = {M}, x [B, {features}], memory recycled",
+                f"dropout_samples, M = {M}, x [B, {features}]{_regime(device, fresh=False)}",
                 "batch size B",
                 (8, 16, 32, 64, 128, 256),
                 lambda batch: _samples_recycled((batch, features), device),
@@ -88,6 +88,12 @@ def scaling(device: str, quick: bool) -> list[ScalingCurve]:
 
 
 # --- dropout_samples ------------------------------------------------------------------------------
+
+
+def _regime(device: str, *, fresh: bool) -> str:
+    if device != "cpu":
+        return ""  # CUDA's caching allocator always recycles
+    return ", fresh memory" if fresh else ", memory recycled"
 
 
 def _eager_samples(x: Tensor) -> Tensor:
@@ -114,7 +120,7 @@ def _samples_fresh(
     floors["copy, as many bytes"] = copy(bytes_moved, device=device)
     ways = _ways_to_sample(x, compiled)
     return Case(
-        f"dropout_samples, M = {M}, x {list(shape)}, fresh memory",
+        f"dropout_samples, M = {M}, x {list(shape)}{_regime(device, fresh=True)}",
         ours=ways.pop("ours"),
         peers=ways,
         floors=floors,
@@ -140,7 +146,7 @@ def _samples_recycled(
 
     ways = _ways_to_sample(x, compiled)
     return Case(
-        f"dropout_samples, M = {M}, x {list(shape)}, memory recycled",
+        f"dropout_samples, M = {M}, x {list(shape)}{_regime(device, fresh=False)}",
         ours=ways.pop("ours"),
         peers=ways,
         floors={"Philox words + copy": words_and_copy},
@@ -163,8 +169,8 @@ def _samples_backward(
         name: _training_step(way, grad, x) for name, way in _ways_to_sample(x, compiled).items()
     }
     return Case(
-        f"dropout_samples, forward + backward, M = {M}, x {list(shape)}, "
-        + ("fresh memory" if fresh_memory else "memory recycled"),
+        f"dropout_samples, forward + backward, M = {M}, x {list(shape)}"
+        + _regime(device, fresh=fresh_memory),
         ours=ways.pop("ours"),
         peers=ways,
         floors={"fill + sum": fill_and_sum},

@@ -29,6 +29,8 @@ myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
+nitpicky = True  # a reference to a name of ours that does not exist is an error
+nitpick_ignore_regex = [("py:.*", r"(torch|collections)\..*")]
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Shape", "Source"]
@@ -41,6 +43,14 @@ html_show_copyright = False
 def setup(app: Any) -> None:
     """Write the pages that come from the catalog before Sphinx looks for them."""
     app.connect("builder-inited", lambda _: write_method_lists(DOCS / "generated"))
+    app.connect("autodoc-process-docstring", _keep_initials, priority=900)  # after napoleon
+
+
+def _keep_initials(
+    app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]
+) -> None:
+    """Keep "H. Inoue" and "in_features: D." from being read as items of a list, A. B. C."""
+    lines[:] = [re.sub(r"^(\s*|:param \w+: )([A-Z]\.(\s|$))", r"\1\\\2", line) for line in lines]
 
 
 def write_method_lists(folder: Path) -> None:
@@ -66,9 +76,7 @@ def _cells(paper: catalog.Paper) -> tuple[str, ...]:
     link = f"[arXiv {paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})" if paper.arxiv else ""
     status = paper.status + (f": {paper.missing}" if paper.missing else "")
     exists = paper.status in ("implemented", "partial")
-    names = (
-        f"{{py:obj}}`~regularizers.{name}`" if exists else f"`{name}`" for name in paper.names
-    )
+    names = (f"{{py:obj}}`~regularizers.{name}`" if exists else f"`{name}`" for name in paper.names)
     return (
         str(paper.number),
         _escape(paper.component),

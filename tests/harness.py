@@ -227,6 +227,14 @@ class OperatorContract:
             assert len(graphs) == 1, name
             torch._dynamo.reset()
 
+    def test_numbers_and_sizes_may_vary_in_one_dynamic_graph(self, fresh_dynamo):
+        sample = self.samples(torch.float64)[0]
+        compiled = torch.compile(sample, fullgraph=True, dynamic=True, backend=GraphRecorder())
+        for name, (low, high) in self.scheduled.items():
+            for value in (low, (low + high) / 2, high):
+                result = compiled(*sample.differentiable, **{name: value})
+                torch.testing.assert_close(result, sample(**{name: value}))
+
     def test_exported_program_gives_equal_results_after_a_round_trip(self):
         sample = self.samples(torch.float32)[0]
 

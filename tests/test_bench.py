@@ -157,6 +157,17 @@ def test_peak_resident_sees_what_a_call_touches_and_frees():
     )  # other threads, rounding of counters
 
 
+def test_peak_resident_does_not_count_what_was_freed_before():
+    def leave_a_free_heap():
+        return [torch.ones(MEBIBYTE // 16, dtype=torch.uint8) for _ in range(1024)]
+
+    leave_a_free_heap()
+    found = peak_resident(_nothing)
+    if found is None:
+        pytest.skip("needs Linux with glibc")
+    assert found < 8 * MEBIBYTE
+
+
 def test_peak_resident_sees_memory_taken_past_the_allocator():
     found = peak_resident(lambda: b"x" * (64 * MEBIBYTE))
     if found is None:

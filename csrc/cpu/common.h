@@ -15,12 +15,30 @@
 #include <stdexcept>
 #include <string>
 
+#include "isa.h"
 #include "kernels.h"
 
 namespace regularizers {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The kernels of the instruction set that this process uses, chosen at the first call.
+inline const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+    switch (chosen_isa()) {
+#if defined(REGULARIZERS_WIDE_X86)
+      case Isa::avx512:
+        return avx512::kernels();
+      case Isa::avx2:
+        return avx2::kernels();
+#endif
+      default:
+        return baseline::kernels();
+    }
+  }();
+  return chosen;
+}
 
 // std::invalid_argument reaches Python as ValueError, also through the dispatcher and from compiled
 // code.

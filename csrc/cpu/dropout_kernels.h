@@ -7,7 +7,8 @@
 
 namespace regularizers::REGULARIZERS_ISA {
 
-// Memory offsets of consecutive logical elements, one odometer for both sides.
+// Walks over logical elements in runs along the innermost dimension: within a run both sides move
+// by fixed strides.
 struct StridedCursor {
   const StridedBox* box;
   int64_t index[kMaxDimensions];
@@ -22,22 +23,50 @@ struct StridedCursor {
     }
   }
 
-  inline void next() {
-    for (int d = box->dimensions - 1; d >= 0; --d) {
-      from += box->from_stride[d];
-      to += box->to_stride[d];
-      if (++index[d] < box->size[d]) {
+  // Calls body(offset in the block, length, from, to) for the runs of the next `count` elements.
+  template <typename Body>
+  inline void runs(int count, const Body& body) {
+    const int inner = box->dimensions - 1;
+    for (int done = 0; done < count;) {
+      const int64_t left = box->size[inner] - index[inner];
+      const int length = left < count - done ? static_cast<int>(left) : count - done;
+      body(done, length, from, to);
+      done += length;
+      advance(inner, length);
+    }
+  }
+
+ private:
+  inline void advance(int d, int64_t steps) {
+    while (true) {
+      index[d] += steps;
+      from += steps * box->from_stride[d];
+      to += steps * box->to_stride[d];
+      if (index[d] < box->size[d] || d == 0) {
         return;
       }
       index[d] = 0;
       from -= box->size[d] * box->from_stride[d];
       to -= box->size[d] * box->to_stride[d];
+      --d;
+      steps = 1;
     }
   }
 };
 
-static inline bool is_contiguous(const StridedBox& box) {
-  return box.dimensions == 1 && box.from_stride[0] == 1 && box.to_stride[0] == 1;
+// Words of the next block of one sample; without dropout all ones, so that one rule serves both.
+static inline uint32_t block_words(PhiloxStream source, DropRule rule, int64_t first,
+                                   uint32_t* words) {
+  if (rule.drops) {
+    philox_block(source, static_cast<uint64_t>(first) / kWordsPerCall, words);
+    return rule.last_dropped;
+  }
+  std::memset(words, 0xFF, sizeof(uint32_t) * kBlockElements);
+  return 0;
+}
+
+static inline int block_count(int64_t first, int64_t end) {
+  return end - first < kBlockElements ? static_cast<int>(end - first) : kBlockElements;
 }
 
 template <typename T>
@@ -48,31 +77,28 @@ static void dropout_sample(const StridedBox& box, const void* from_, void* to_, 
   T* to = static_cast<T*>(to_);
   const DropRule rule = drop_rule(p);
   const A scale = static_cast<A>(keep_scale(p));
+  const int64_t from_step = box.from_stride[box.dimensions - 1];
+  const int64_t to_step = box.to_stride[box.dimensions - 1];
   const bool contiguous = is_contiguous(box);
   StridedCursor cursor(box, begin);
   alignas(64) uint32_t words[kBlockElements];
   for (int64_t first = begin; first < end; first += kBlockElements) {
-    const int count = end - first < kBlockElements ? static_cast<int>(end - first) : kBlockElements;
-    if (rule.drops) {
-      philox_block(source, static_cast<uint64_t>(first) / kWordsPerCall, words);
-    } else {
-      for (int j = 0; j < kBlockElements; ++j) {
-        words[j] = 1;
-      }
-    }
-    const uint32_t last_dropped = rule.drops ? rule.last_dropped : 0;
+    const int count = block_count(first, end);
+    const uint32_t last_dropped = block_words(source, rule, first, words);
     if (contiguous) {
 #pragma omp simd
       for (int j = 0; j < count; ++j) {
         const A value = widen(from[first + j]) * scale;
         to[first + j] = narrow<T>(words[j] > last_dropped ? value : A(0));
       }
-    } else {
-      for (int j = 0; j < count; ++j, cursor.next()) {
-        to[cursor.to] =
-            words[j] > last_dropped ? narrow<T>(widen(from[cursor.from]) * scale) : narrow<T>(A(0));
-      }
+      continue;
     }
+    cursor.runs(count, [&](int offset, int length, int64_t source_at, int64_t target_at) {
+      for (int j = 0; j < length; ++j) {
+        const A value = widen(from[source_at + j * from_step]) * scale;
+        to[target_at + j * to_step] = narrow<T>(words[offset + j] > last_dropped ? value : A(0));
+      }
+    });
   }
 }
 
@@ -84,25 +110,21 @@ static void dropout_adjoint(const StridedBox& box, const void* from_, int64_t fr
   const T* from = static_cast<const T*>(from_);
   T* to = static_cast<T*>(to_);
   const DropRule rule = drop_rule(p);
-  const uint32_t last_dropped = rule.drops ? rule.last_dropped : 0;
   const A scale = static_cast<A>(keep_scale(p));
+  const int64_t from_step = box.from_stride[box.dimensions - 1];
+  const int64_t to_step = box.to_stride[box.dimensions - 1];
   const bool contiguous = is_contiguous(box);
   StridedCursor block_start(box, begin);
   alignas(64) uint32_t words[kBlockElements];
   alignas(64) A sum[kBlockElements];
-  for (int j = 0; j < kBlockElements; ++j) {
-    words[j] = 1;
-  }
   for (int64_t first = begin; first < end; first += kBlockElements) {
-    const int count = end - first < kBlockElements ? static_cast<int>(end - first) : kBlockElements;
+    const int count = block_count(first, end);
     for (int j = 0; j < kBlockElements; ++j) {
       sum[j] = A(0);
     }
     for (int64_t s = 0; s < num_samples; ++s) {
-      if (rule.drops) {
-        philox_block({seed, static_cast<uint32_t>(s), 0},
-                     static_cast<uint64_t>(first) / kWordsPerCall, words);
-      }
+      const uint32_t last_dropped =
+          block_words({seed, static_cast<uint32_t>(s), 0}, rule, first, words);
       const T* sample = from + s * from_sample_stride;
       if (contiguous) {
 #pragma omp simd
@@ -110,23 +132,28 @@ static void dropout_adjoint(const StridedBox& box, const void* from_, int64_t fr
           const A value = widen(sample[first + j]);
           sum[j] += words[j] > last_dropped ? value : A(0);
         }
-      } else {
-        StridedCursor cursor = block_start;
-        for (int j = 0; j < count; ++j, cursor.next()) {
-          sum[j] += words[j] > last_dropped ? widen(sample[cursor.from]) : A(0);
-        }
+        continue;
       }
+      StridedCursor cursor = block_start;
+      cursor.runs(count, [&](int offset, int length, int64_t source_at, int64_t) {
+        for (int j = 0; j < length; ++j) {
+          const A value = widen(sample[source_at + j * from_step]);
+          sum[offset + j] += words[offset + j] > last_dropped ? value : A(0);
+        }
+      });
     }
     if (contiguous) {
 #pragma omp simd
       for (int j = 0; j < count; ++j) {
         to[first + j] = narrow<T>(sum[j] * scale);
       }
-    } else {
-      for (int j = 0; j < count; ++j, block_start.next()) {
-        to[block_start.to] = narrow<T>(sum[j] * scale);
-      }
+      continue;
     }
+    block_start.runs(count, [&](int offset, int length, int64_t, int64_t target_at) {
+      for (int j = 0; j < length; ++j) {
+        to[target_at + j * to_step] = narrow<T>(sum[offset + j] * scale);
+      }
+    });
   }
 }
 

@@ -5,22 +5,12 @@
 #include <cstdint>
 
 #include "../philox.h"
-#include "isa.h"
+#include "../strided_box.h"
 
 namespace regularizers {
 
 // Storage types of tensors, in the order of the tables below.
 enum StorageType { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3, kStorageTypes = 4 };
-
-// A logical, row-major box of elements and how it lies in memory. `runs` boxes that are contiguous
-// on both sides collapse to one dimension with strides 1.
-constexpr int kMaxDimensions = 16;
-struct StridedBox {
-  int dimensions;
-  int64_t size[kMaxDimensions];
-  int64_t from_stride[kMaxDimensions];
-  int64_t to_stride[kMaxDimensions];
-};
 
 struct DropoutKernels {
   // to[e] = keep(e) ? scale * from[e] : 0 for logical elements begin <= e < end of one sample.
@@ -100,21 +90,5 @@ namespace avx512 {
 const Kernels& kernels();
 }
 #endif
-
-inline const Kernels& kernels() {
-  static const Kernels& chosen = [&]() -> const Kernels& {
-    switch (chosen_isa()) {
-#if defined(REGULARIZERS_WIDE_X86)
-      case Isa::avx512:
-        return avx512::kernels();
-      case Isa::avx2:
-        return avx2::kernels();
-#endif
-      default:
-        return baseline::kernels();
-    }
-  }();
-  return chosen;
-}
 
 }  // namespace regularizers

@@ -295,15 +295,9 @@ Result run(const Inputs& inputs, int64_t gradients, std::vector<double> row_grad
 
 // A float64 buffer as a tensor of the accumulation type.
 Tensor to_tensor(const std::vector<double>& values, const Shape& shape, const Inputs& inputs) {
-  Tensor out = torch::stable::new_empty(inputs.x, shape, accumulate_type(inputs.type));
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (inputs.type == kDouble) {
-      static_cast<double*>(out.mutable_data_ptr())[i] = values[i];
-    } else {
-      static_cast<float*>(out.mutable_data_ptr())[i] = static_cast<float>(values[i]);
-    }
-  }
-  return out;
+  const Tensor out = torch::stable::new_empty(inputs.x, shape, ScalarType::Double);
+  std::copy(values.begin(), values.end(), static_cast<double*>(out.mutable_data_ptr()));
+  return torch::stable::to(out, accumulate_type(inputs.type));
 }
 
 Tensor product(const Tensor& left, const Tensor& right) {

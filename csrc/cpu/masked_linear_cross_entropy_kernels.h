@@ -141,12 +141,14 @@ template <typename A>
 struct SmoothedIndex {
   const A* class_weight;  // null: all ones
   int64_t index;
+  bool ignored;
   A on_target, per_class, total;
 
   inline SmoothedIndex(const MaskedLinearCrossEntropy& problem, int64_t row) {
     class_weight = static_cast<const A*>(problem.class_weight);
     index = problem.target[row];
-    if (index == problem.ignore_index) {
+    ignored = index == problem.ignore_index;
+    if (ignored) {
       on_target = per_class = total = A(0);
       return;
     }
@@ -155,8 +157,6 @@ struct SmoothedIndex {
     per_class = static_cast<A>(problem.label_smoothing / static_cast<double>(problem.classes));
     total = on_target + per_class * static_cast<A>(problem.class_weight_sum);
   }
-
-  inline bool ignored() const { return total == A(0) && on_target == A(0); }
 
   // sum_c t_c z_c
   inline A dot(const A* logits, int64_t classes) const {
@@ -234,7 +234,7 @@ template <typename A, typename TargetRow>
 static inline double row_loss(const MaskedLinearCrossEntropy& problem, const TargetRow& target,
                               A* row, double row_scale, bool gradients) {
   const int64_t classes = problem.classes;
-  if (target.ignored()) {
+  if (target.ignored) {
     if (gradients) {
       std::memset(row, 0, sizeof(A) * classes);
     }

@@ -277,13 +277,12 @@ static inline void philox_block(const PhiloxStream& source, uint64_t call, uint3
     low_half[j] = static_cast<uint64_t>(j / 2 + (j % 2) * kCalls);
     high_half[j] = static_cast<uint64_t>(kCalls / 2 + j / 2 + (j % 2) * kCalls);
   }
-  uint64_t* pairs = reinterpret_cast<uint64_t*>(words);
 #pragma GCC unroll 8
-  for (int g = 0; g < kGroups; ++g) {
+  for (int g = 0; g < kGroups; ++g, words += 4 * kCalls) {
     const Vector<uint64_t> first = (c0[g] & 0xFFFFFFFFu) | (c1[g] << 32);
     const Vector<uint64_t> second = (c2[g] & 0xFFFFFFFFu) | (c3[g] << 32);
-    store(pairs + 2 * g * kCalls, __builtin_shuffle(first, second, low_half));
-    store(pairs + 2 * g * kCalls + kCalls, __builtin_shuffle(first, second, high_half));
+    store(words, (Vector<uint32_t>)__builtin_shuffle(first, second, low_half));
+    store(words + 2 * kCalls, (Vector<uint32_t>)__builtin_shuffle(first, second, high_half));
   }
 }
 

@@ -177,6 +177,27 @@ def test_rate_is_assigned_in_place_and_checked():
     assert layer.p.item() == 0.25
 
 
+def test_rate_takes_a_tensor_of_one_number_and_no_other():
+    layer = MultiSampleDropout(nn.Identity(), p=0.5)
+    before = layer.p
+    layer.p = torch.tensor(0.25)
+    assert layer.p is before
+    assert before.item() == 0.25
+    with pytest.raises(ValueError, match="p must"):
+        layer.p = torch.tensor([0.3, 0.4])
+    with pytest.raises(ValueError, match="p must"):
+        layer.p = torch.tensor(2.0)
+
+
+def test_evaluation_leaves_the_default_generator_alone():
+    fused = MultiSampleDropoutCrossEntropy(4, 2).eval()
+    plain = MultiSampleDropout(nn.Linear(4, 2)).eval()
+    state = torch.get_rng_state()
+    fused(torch.ones(3, 4), torch.tensor([0, 1, 1]))
+    plain(torch.ones(3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_rate_stays_exact_under_half_and_out_of_the_state_dict():
     layer = MultiSampleDropout(nn.Linear(4, 2), p=0.1).to(torch.bfloat16)
     assert layer.p.dtype == torch.float64

@@ -38,7 +38,7 @@ class TestContract(OperatorContract):
     scheduled = {"p": (0.0, 0.9), "label_smoothing": (0.0, 0.9)}
 
     def samples(self, dtype):
-        def sample(name, rows=5, features=13, classes=7, with_bias=True, **options):
+        def sample(name, rows=3, features=7, classes=5, with_bias=True, **options):
             x, weight, bias, target = _problem(rows, features, classes, dtype)
             options = {"p": 0.4, "num_samples": 3, "seed": 4, **options}
             if with_bias:
@@ -51,7 +51,7 @@ class TestContract(OperatorContract):
             )
             return Sample(name, (x, weight), call, options)
 
-        omega = torch.linspace(0.5, 2.0, 7, dtype=dtype)
+        omega = torch.linspace(0.5, 2.0, 5, dtype=dtype)
         transposed = sample("transposed", reduction="sum")
         transposed.differentiable = tuple(
             tensor.t().contiguous().t() for tensor in transposed.differentiable
@@ -332,6 +332,27 @@ def test_all_ignored_rows_give_what_cross_entropy_gives():
         found = multi_sample_dropout_cross_entropy(x, weight, bias, target, reduction=reduction)
         expected = F.cross_entropy(F.linear(x, weight, bias), target, reduction=reduction)
         torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_class_weights_of_zero_give_what_cross_entropy_gives(backend):
+    x, weight, bias, _ = _problem(4, 6, 3)
+    target, omega = torch.zeros(4, dtype=torch.int64), torch.tensor([0.0, 1.0, 1.0])
+
+    def results(loss):
+        leaf = x.detach().requires_grad_()
+        found = loss(leaf)
+        return found.detach(), torch.autograd.grad(found, leaf)[0]
+
+    with regularizers.use_backend(backend):
+        found = results(
+            lambda leaf: multi_sample_dropout_cross_entropy(
+                leaf, weight, bias, target, p=0.0, class_weight=omega
+            )
+        )
+    expected = results(lambda leaf: F.cross_entropy(F.linear(leaf, weight, bias), target, omega))
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert found[0].isnan()
 
 
 def test_ignored_rows_get_exactly_zero_gradient():

@@ -144,11 +144,11 @@ def peak_resident(call: Call) -> int | None:
     Returns:
         Bytes, or None where there is no Linux with glibc.
     """
+    if not trim_heap():
+        return None
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return None
-    if not trim_heap():
         return None
     before = _status("VmRSS")
     call()

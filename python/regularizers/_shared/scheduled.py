@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from regularizers._shared.checks import check_same_device
 
 
+_NUMBERS = (int, float, torch.SymFloat, torch.SymInt)  # symbolic ones inside torch.compile
+
+
 def scheduled(
     name: str, value: float | Tensor, like: Tensor, check: Callable[[str, float], None]
 ) -> Tensor:
@@ -20,12 +23,12 @@ def scheduled(
     on CUDA, where reading it would stop the stream.
     """
     if not isinstance(value, Tensor):
-        if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        if isinstance(value, bool) or not isinstance(value, _NUMBERS):
             raise TypeError(
                 f"{name} must be a number or a 0-dimensional tensor, got {type(value).__name__}"
             )
-        check(name, float(value))
-        return torch.full((), float(value), dtype=_dtype(like.device), device=like.device)
+        check(name, value)
+        return torch.full((), value, dtype=_dtype(like.device), device=like.device)
     if value.dim() != 0 or not value.is_floating_point():
         raise ValueError(
             f"{name} must be a number or a floating-point tensor with no dimensions, "
@@ -58,16 +61,17 @@ class ScheduledModule(nn.Module):
         if "_scheduled" not in self.__dict__:
             self.__dict__["_scheduled"] = {}
         self._scheduled[name] = check
-        # The device is named so that a model built under torch.device("meta") has its rates all the
-        # same.
+        # The device is named, so that a model built under torch.device("meta") has its rates too.
         buffer = torch.tensor(float(value), dtype=torch.float64, device="cpu")
         self.register_buffer(name, buffer, persistent=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
         check = self.__dict__.get("_scheduled", {}).get(name)
-        if check is None or isinstance(value, Tensor):
+        if check is None:
             super().__setattr__(name, value)
             return
+        if isinstance(value, Tensor) and value.dim() != 0:
+            raise ValueError(f"{name} must have no dimensions, got shape {list(value.shape)}")
         check(name, float(value))
         getattr(self, name).fill_(float(value))
 

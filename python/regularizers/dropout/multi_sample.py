@@ -35,8 +35,7 @@ def multi_sample_dropout(
 ) -> Tensor:
     r"""Stack ``num_samples`` dropout samples of one feature batch.
 
-    .. math:: y_s = \frac{1}{1-p} m_s \odot x, \qquad m_s \text{ i.i.d. over samples, rows and
-    features}
+    .. math:: y_s = \frac{1}{1-p} m_s \odot x, \qquad m_s \text{ i.i.d. in every element}
 
     Args:
         x: features ``[B, *]``.
@@ -207,8 +206,9 @@ class MultiSampleDropout(ScheduledModule):
 class MultiSampleDropoutCrossEntropy(ScheduledModule):
     r"""A linear classifier with multi-sample dropout and cross-entropy, fused into one operator.
 
-    .. math:: L = \frac{1}{M n} \sum_{s,i} \mathrm{CE}\big(\tfrac{1}{1-p} (m^s_i \odot x_i) W^\top +
-    b,\ y_i\big)
+    .. math::
+        L = \frac{1}{M n} \sum_{s,i}
+        \mathrm{CE}\big(\tfrac{1}{1-p} (m^s_i \odot x_i) W^\top + b,\ y_i\big)
 
     The module owns W and b; in training it calls
     :func:`regularizers.ops.multi_sample_dropout_cross_entropy`, in ``eval()`` the same loss without
@@ -303,6 +303,7 @@ class MultiSampleDropoutCrossEntropy(ScheduledModule):
             self.bias,
             target,
             p=self.p if self.training else 0.0,
+            seed=None if self.training else 0,  # evaluation leaves the generator alone
             num_samples=self.num_samples,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,

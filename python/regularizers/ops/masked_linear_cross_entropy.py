@@ -215,8 +215,9 @@ def _loss(
     """Compute the loss in plain, differentiable PyTorch; the specification."""
     z, _, _ = _logits(x, weight, bias, p, seed, num_samples)
     t, omega_y = _target_rows(target, class_weight, label_smoothing, ignore_index, z)
-    # A class outside the target row has weight zero, and its log-probability may be -inf.
-    rows = torch.where(t != 0, -t * torch.log_softmax(z, -1), 0).sum(-1).mean(0)
+    # Without smoothing only the target's class counts, and another's log-probability may be -inf.
+    counts = (t != 0) | (label_smoothing > 0)
+    rows = torch.where(counts, -t * torch.log_softmax(z, -1), 0).sum(-1).mean(0)
     if reduction == _NONE:
         return rows
     return rows.sum() / omega_y.sum() if reduction == _MEAN else rows.sum()

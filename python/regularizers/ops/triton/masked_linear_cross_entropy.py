@@ -71,14 +71,15 @@ def forward(
     gradients: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the loss and, of a scalar loss, its wanted gradients."""
-    data = (x, weight, bias, target, class_weight, p, label_smoothing, seed)
-    rows = x.new_ones(x.shape[0], dtype=torch.float64)
     if reduction == _NONE:
-        losses, *nothing = _run(0, rows, *data, num_samples, ignore_index)
-        return losses.to(accumulate_dtype(x.dtype)), *nothing
+        gradients = 0  # found in the backward pass, when the weights of the rows are known
     total = _total_weight(target, class_weight, ignore_index) if reduction == _MEAN else 1
-    losses, *found = _run(gradients, rows / total, *data, num_samples, ignore_index)
-    return (losses.sum() / total).to(accumulate_dtype(x.dtype)), *found
+    rows = x.new_ones(x.shape[0], dtype=torch.float64) / total
+    data = (x, weight, bias, target, class_weight, p, label_smoothing, seed)
+    losses, *found = _run(gradients, rows, *data, num_samples, ignore_index)
+    loss = losses if reduction == _NONE else losses.sum() / total
+    grad_x, grad_weight, grad_bias = found
+    return loss.to(accumulate_dtype(x.dtype)), grad_x, grad_weight, grad_bias
 
 
 def backward(

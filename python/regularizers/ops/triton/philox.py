@@ -12,10 +12,10 @@ WORDS_PER_CALL = tl.constexpr(4)
 
 @triton.jit
 def drop_rule(p):
-    """Return the rule "drop iff word < round(p 2^32)": the largest dropped word, if there is one.
+    """Return the rule "drop iff word < round(p 2^32)"; ``p`` points to a float64.
 
-    ``p`` points to a float64. At p = 1 the threshold 2^32 needs 33 bits, the largest dropped word
-    does not.
+    It comes as the largest dropped word and whether any word is dropped: at p = 1 the threshold
+    2^32 needs 33 bits, the largest dropped word does not.
     """
     threshold = (tl.load(p) * 4294967296.0 + 0.5).to(tl.uint64)
     return (threshold - 1).to(tl.uint32), threshold > 0

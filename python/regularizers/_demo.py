@@ -1,0 +1,310 @@
+"""The demo: a network on real images, its head regularized in four ways.
+
+The verdict is put together from the measured figures; no claim is written down here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regularizers.dropout import MultiSampleDropoutCrossEntropy
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Array = NDArray[np.float64]
+
+
+def run(output: Path) -> int:
+    """Train, compare, write ``learning-curves.png`` to output, run the quick bench.
+
+    Returns the exit status: 1 where a package is missing, otherwise that of the bench.
+    """
+    missing = [n for n in ("matplotlib", "rich", "sklearn") if importlib.util.find_spec(n) is None]
+    if missing:
+        names = " and ".join(missing)
+        print(f"demo: {names} missing: pip install 'regularizers[bench]'", file=sys.stderr)
+        return 1
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from regularizers import _bench
+
+    output.mkdir(parents=True, exist_ok=True)
+    setting, console = SETTING, Console(highlight=False)
+    console.print(_INTRODUCTION.format(s=setting, held_out=1797 - setting.train_images))
+    train(replace(setting, seeds=1, epochs=1))  # first calls allocate and start threads
+    with Progress(console=console) as progress:
+        bar = progress.add_task("training", total=setting.seeds * setting.epochs)
+        curves = train(setting, on_epoch=lambda: progress.advance(bar))
+    figures = {way: summarise(found, setting) for way, found in curves.items()}
+    console.print(_table(figures))
+    for sentence in verdict(figures):
+        console.print(f"{sentence}\n")
+    path = save_curves(curves, setting, output / "learning-curves.png")
+    console.print(f"Learning curves in {path}\n", soft_wrap=True)
+    return _bench.run("dropout", device="cpu", quick=True, output=output)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how; all ways share everything here."""
+
+    seeds: int = 6
+    epochs: int = 25
+    train_images: int = 400  # of 1797: few enough that the network overfits
+    batch: int = 50
+    hidden: int = 512
+    p: float = 0.5
+    num_samples: int = 8
+    lr: float = 1e-3
+    target: float = 0.05  # of the training loss, looked at after every epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of batches, a smaller last one included."""
+        return -(-self.train_images // self.batch)
+
+
+SETTING = Setting()
+
+_INTRODUCTION = """\
+scikit-learn's digits: {s.train_images} images to train on and {held_out} held out, drawn anew for \
+each of {s.seeds} seeds. MLP 64-{s.hidden}-{s.hidden}-10, Adam with lr {s.lr:g}, batches of \
+{s.batch}, {s.epochs} epochs; dropout before the last layer, p = {s.p:g}; multi-sample: \
+{s.num_samples} samples. By hand means {s.num_samples} times nn.Dropout, head and cross-entropy. \
+The target is a training loss (without dropout) of {s.target:g} after an epoch; times are of \
+training alone.
+"""
+
+
+class Network(nn.Module):
+    """An MLP that every way starts from and trains, with what their losses need."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        hidden, p, num_samples = setting.hidden, setting.p, setting.num_samples
+        first, second = nn.Linear(64, hidden), nn.Linear(hidden, hidden)
+        self.body = nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
+        self.head = MultiSampleDropoutCrossEntropy(hidden, 10, p, num_samples)
+        self.dropouts = nn.ModuleList(nn.Dropout(p) for _ in range(num_samples))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits without dropout."""
+        return self.head.logits(self.body(x))
+
+
+def _by_hand(net: Network, x: Tensor, y: Tensor) -> Tensor:
+    features = net.body(x)
+    losses = [F.cross_entropy(net.head.logits(drop(features)), y) for drop in net.dropouts]
+    return torch.stack(losses).mean()
+
+
+NONE, ONE, FUSED, HAND = "no dropout", "dropout", "multi-sample fused", "multi-sample by hand"
+Loss = Callable[[Network, Tensor, Tensor], Tensor]
+LOSSES: dict[str, Loss] = {
+    NONE: lambda net, x, y: F.cross_entropy(net(x), y),
+    ONE: lambda net, x, y: F.cross_entropy(net.head.logits(net.dropouts[0](net.body(x))), y),
+    FUSED: lambda net, x, y: net.head(net.body(x), y),
+    HAND: _by_hand,
+}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What one way recorded after every epoch, ``[seeds, epochs]`` each."""
+
+    seconds: Array  # of training alone, summed up to this epoch
+    train_loss: Array  # without dropout
+    test_loss: Array
+    accuracy: Array  # on the held-out images, in percent
+
+
+def train(setting: Setting, *, on_epoch: Callable[[], object] = lambda: None) -> dict[str, Curves]:
+    """Train every way from the same initialisation on the same batches, once a seed."""
+    runs = [_train_seed(setting, seed, on_epoch) for seed in range(setting.seeds)]
+    return {way: Curves(*np.stack([run[way] for run in runs], axis=1)) for way in LOSSES}
+
+
+def networks(setting: Setting, seed: int) -> dict[str, Network]:
+    """Return one network a way, all with the same parameters."""
+    torch.manual_seed(seed)
+    first = Network(setting)
+    return {way: deepcopy(first) for way in LOSSES}
+
+
+# Returns [4, epochs] a way, in the order of Curves.
+def _train_seed(setting: Setting, seed: int, on_epoch: Callable[[], object]) -> dict[str, Array]:
+    x, y, test_x, test_y = _digits(setting.train_images, seed)
+    nets = networks(setting, seed)
+    optimizers = {way: torch.optim.Adam(net.parameters(), setting.lr) for way, net in nets.items()}
+    seconds = dict.fromkeys(LOSSES, 0.0)
+    rows: dict[str, list[tuple[float, ...]]] = {way: [] for way in LOSSES}
+    for epoch in range(setting.epochs):
+        # The ways take turns, so that a busy moment of the machine does not hit one of them alone.
+        for way, loss in LOSSES.items():
+            net, optimizer = nets[way], optimizers[way]
+            torch.manual_seed(seed * setting.epochs + epoch)  # the same batches for every way
+            batches = torch.randperm(len(x)).split(setting.batch)
+            start = time.perf_counter()
+            for batch in batches:
+                optimizer.zero_grad()
+                loss(net, x[batch], y[batch]).backward()
+                optimizer.step()
+            seconds[way] += time.perf_counter() - start
+            rows[way].append((seconds[way], *_evaluate(net, x, y, test_x, test_y)))
+        on_epoch()
+    return {way: np.array(found).T for way, found in rows.items()}
+
+
+@torch.no_grad()
+def _evaluate(net: Network, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> list[float]:
+    logits = net(test_x)
+    accuracy = 100 * (logits.argmax(1) == test_y).double().mean()
+    losses = F.cross_entropy(net(x), y), F.cross_entropy(logits, test_y)
+    return [value.item() for value in (*losses, accuracy)]
+
+
+def _digits(train_images: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = map(torch.tensor, load_digits(return_X_y=True))
+    x = x.float() / 16  # grey levels are 0 to 16
+    options = {"train_size": train_images, "stratify": y, "random_state": seed}
+    train, test = train_test_split(np.arange(len(y)), **options)
+    return x[train], y[train], x[test], y[test]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One column of the table and one point of every comparison; lower is better unless said."""
+
+    name: str
+    text: str  # format of a value
+    higher_is_better: bool = False
+    spread: str = ""  # format of the standard deviation, if shown
+    centre: Callable[[Array], np.floating] = np.mean  # over the seeds; the median ignores hiccups
+    ratio: bool = False  # whether the quotient of two values means something to a reader
+
+    def show(self, values: Array) -> str:
+        """Return the centre as text, or how many seeds lack a value (infinite)."""
+        missed = np.isinf(values).sum()
+        if missed:
+            return f"not reached in {missed} of {len(values)}"
+        return self.text.format(self.centre(values))
+
+
+ACCURACY = Quantity("test accuracy", "{:.1f}%", higher_is_better=True, spread="±{:.1f}")
+TEST_LOSS = Quantity("lowest test loss", "{:.3f}", spread="±{:.3f}")
+STEPS = Quantity("steps to the target", "{:.0f}", ratio=True)
+SECONDS = Quantity("seconds to the target", "{:.2f} s", centre=np.median, ratio=True)
+STEP_TIME = Quantity("time of a step", "{:.2f} ms", centre=np.median, ratio=True)
+QUANTITIES = (ACCURACY, TEST_LOSS, STEPS, SECONDS, STEP_TIME)
+Figures = Mapping[Quantity, Array]  # one value a seed
+
+
+def summarise(curves: Curves, setting: Setting) -> dict[Quantity, Array]:
+    """Reduce curves to one value a seed for each quantity; a target not reached is infinite."""
+    reached = curves.train_loss <= setting.target
+    missed, first = ~reached.any(axis=1), reached.argmax(axis=1)
+    seconds = np.take_along_axis(curves.seconds, first[:, None], axis=1)[:, 0]
+    epoch_times = np.median(np.diff(curves.seconds, axis=1, prepend=0.0), axis=1)
+    return {
+        ACCURACY: curves.accuracy[:, -1],
+        TEST_LOSS: curves.test_loss.min(axis=1),
+        STEPS: np.where(missed, np.inf, setting.steps_per_epoch * (first + 1.0)),
+        SECONDS: np.where(missed, np.inf, seconds),
+        STEP_TIME: 1000 * epoch_times / setting.steps_per_epoch,
+    }
+
+
+def verdict(figures: Mapping[str, Figures]) -> list[str]:
+    """Say in words where the fused way differs from each other way in every single seed."""
+    seeds = len(figures[FUSED][ACCURACY])
+    return [
+        *(_compare(other, figures[FUSED], figures[other]) for other in (NONE, ONE, HAND)),
+        f"Better and worse mean: in each of the {seeds} seeds, which chance alone would show in "
+        f"one of {2 ** (seeds - 1)} comparisons. Anything less counts as noise.",
+    ]
+
+
+def _compare(other: str, ours: Figures, theirs: Figures) -> str:
+    groups: dict[str, list[str]] = {"better in": [], "worse in": [], "within the noise in": []}
+    for quantity in QUANTITIES:
+        a, b = ours[quantity], theirs[quantity]
+        text = f"{quantity.name} ({quantity.show(a)} against {quantity.show(b)}"
+        if quantity.ratio and np.isfinite([a, b]).all():
+            low, high = sorted((quantity.centre(a), quantity.centre(b)))
+            text += f", {high / low:.2f} times"
+        if (a > b).all() or (a < b).all():
+            good = (a > b).all() == quantity.higher_is_better
+            groups["better in" if good else "worse in"].append(text + ")")
+        else:
+            groups["within the noise in"].append(quantity.name)
+    clauses = [f"{group} {', '.join(texts)}" for group, texts in groups.items() if texts]
+    return f"Against {other}, {FUSED} is {'; '.join(clauses)}."
+
+
+def _table(figures: Mapping[str, Figures]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    caption = "over the seeds: mean ± standard deviation, for times the median"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
+    table.add_column("", no_wrap=True)
+    for quantity in QUANTITIES:
+        table.add_column(textwrap.fill(quantity.name, 11), justify="right")
+    for way, found in figures.items():
+        cells = [q.show(found[q]) + q.spread.format(found[q].std(ddof=1)) for q in QUANTITIES]
+        table.add_row(way, *cells, style="bold cyan" if way == FUSED else "")
+    return table
+
+
+def save_curves(curves: Mapping[str, Curves], setting: Setting, path: Path) -> Path:
+    """Draw training loss over steps and over seconds, and test accuracy over steps; return path."""
+    from matplotlib.figure import Figure
+
+    colours = {NONE: "0.45", ONE: "#E69F00", FUSED: "#0072B2", HAND: "#D55E00"}  # Okabe and Ito
+    steps = setting.steps_per_epoch * np.arange(1, setting.epochs + 1)
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for way, found in curves.items():
+        xs = steps, np.median(found.seconds, axis=0), steps
+        ys = found.train_loss, found.train_loss, found.accuracy
+        for axes, x, y in zip(panels, xs, ys, strict=True):
+            mean, spread, colour = y.mean(axis=0), y.std(axis=0), colours[way]
+            dashes = "--" if way == HAND else "-"  # it lies on the fused line
+            axes.plot(x, mean, color=colour, linestyle=dashes, label=way)
+            axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.13, lw=0)
+    for axes in panels[:2]:
+        axes.set_title("training loss, without dropout", fontsize=10, loc="left")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.axhline(setting.target, color="0.5", linestyle=":", label="target")
+    panels[2].set_title("test accuracy in percent", fontsize=10, loc="left")
+    # The first epochs would press the rest into a line.
+    panels[2].set_ylim(bottom=np.quantile([found.accuracy for found in curves.values()], 0.1))
+    for axes, label in zip(panels, ("steps", "seconds of training", "steps"), strict=True):
+        axes.set_xlabel(label)
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    band = f"mean and standard deviation of {setting.seeds} seeds"
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False, title=band)
+    figure.savefig(path, dpi=160)
+    return path
