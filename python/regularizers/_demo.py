@@ -29,15 +29,17 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 
-def run(output: Path) -> int:
+def run(output: Path, setting: Setting | None = None) -> int:
     """Train, compare, write ``learning-curves.png`` to output, run the quick bench.
 
     Returns the exit status: 1 where a package is missing, otherwise that of the bench.
     """
     missing = [n for n in ("matplotlib", "rich", "sklearn") if importlib.util.find_spec(n) is None]
     if missing:
-        names = " and ".join(missing)
-        print(f"demo: {names} missing: pip install 'regularizers[bench]'", file=sys.stderr)
+        print(
+            f"demo: {', '.join(missing)} missing: pip install 'regularizers[bench]'",
+            file=sys.stderr,
+        )
         return 1
     from rich.console import Console
     from rich.progress import Progress
@@ -45,18 +47,17 @@ def run(output: Path) -> int:
     from regularizers import _bench
 
     output.mkdir(parents=True, exist_ok=True)
-    setting, console = SETTING, Console(highlight=False)
+    setting, console = setting or Setting(), Console(highlight=False)
     console.print(_INTRODUCTION.format(s=setting, held_out=1797 - setting.train_images))
     train(replace(setting, seeds=1, epochs=1))  # first calls allocate and start threads
     with Progress(console=console) as progress:
         bar = progress.add_task("training", total=setting.seeds * setting.epochs)
         curves = train(setting, on_epoch=lambda: progress.advance(bar))
-    figures = {way: summarise(found, setting) for way, found in curves.items()}
+    figures = {way: summarise(found, setting.target) for way, found in curves.items()}
     console.print(_table(figures))
-    for sentence in verdict(figures):
-        console.print(f"{sentence}\n")
-    path = save_curves(curves, setting, output / "learning-curves.png")
-    console.print(f"Learning curves in {path}\n", soft_wrap=True)
+    console.print(*verdict(figures), sep="\n\n")
+    save_curves(curves, setting.target, path := output / "learning-curves.png")
+    console.print(f"\nLearning curves in {path}\n", soft_wrap=True)
     return _bench.run("dropout", device="cpu", quick=True, output=output)
 
 
@@ -73,23 +74,6 @@ class Setting:
     num_samples: int = 8
     lr: float = 1e-3
     target: float = 0.05  # of the training loss, looked at after every epoch
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Return the number of batches, a smaller last one included."""
-        return -(-self.train_images // self.batch)
-
-
-SETTING = Setting()
-
-_INTRODUCTION = """\
-scikit-learn's digits: {s.train_images} images to train on and {held_out} held out, drawn anew for \
-each of {s.seeds} seeds. MLP 64-{s.hidden}-{s.hidden}-10, Adam with lr {s.lr:g}, batches of \
-{s.batch}, {s.epochs} epochs; dropout before the last layer, p = {s.p:g}; multi-sample: \
-{s.num_samples} samples. By hand means {s.num_samples} times nn.Dropout, head and cross-entropy. \
-The target is a training loss (without dropout) of {s.target:g} after an epoch; times are of \
-training alone.
-"""
 
 
 class Network(nn.Module):
@@ -115,20 +99,28 @@ def _by_hand(net: Network, x: Tensor, y: Tensor) -> Tensor:
 
 
 NONE, ONE, FUSED, HAND = "no dropout", "dropout", "multi-sample fused", "multi-sample by hand"
-Loss = Callable[[Network, Tensor, Tensor], Tensor]
-LOSSES: dict[str, Loss] = {
+LOSSES: dict[str, Callable[[Network, Tensor, Tensor], Tensor]] = {
     NONE: lambda net, x, y: F.cross_entropy(net(x), y),
     ONE: lambda net, x, y: F.cross_entropy(net.head.logits(net.dropouts[0](net.body(x))), y),
     FUSED: lambda net, x, y: net.head(net.body(x), y),
     HAND: _by_hand,
 }
 
+_INTRODUCTION = """\
+scikit-learn's digits: {s.train_images} images to train on and {held_out} held out, drawn anew for \
+each of {s.seeds} seeds. MLP 64-{s.hidden}-{s.hidden}-10, Adam with lr {s.lr:g}, batches of \
+{s.batch}, {s.epochs} epochs; dropout before the last layer, p = {s.p:g}; multi-sample: \
+{s.num_samples} samples. By hand: {s.num_samples} times nn.Dropout, head and cross-entropy. \
+Target: training loss (without dropout) of {s.target:g} after an epoch. Times: training alone.
+"""
+
 
 @dataclass(frozen=True)
 class Curves:
     """What one way recorded after every epoch, ``[seeds, epochs]`` each."""
 
-    seconds: Array  # of training alone, summed up to this epoch
+    steps: Array  # up to this epoch
+    seconds: Array  # likewise, of training alone
     train_loss: Array  # without dropout
     test_loss: Array
     accuracy: Array  # on the held-out images, in percent
@@ -147,7 +139,7 @@ def networks(setting: Setting, seed: int) -> dict[str, Network]:
     return {way: deepcopy(first) for way in LOSSES}
 
 
-# Returns [4, epochs] a way, in the order of Curves.
+# Returns [5, epochs] a way, in the order of Curves.
 def _train_seed(setting: Setting, seed: int, on_epoch: Callable[[], object]) -> dict[str, Array]:
     x, y, test_x, test_y = _digits(setting.train_images, seed)
     nets = networks(setting, seed)
@@ -166,7 +158,8 @@ def _train_seed(setting: Setting, seed: int, on_epoch: Callable[[], object]) -> 
                 loss(net, x[batch], y[batch]).backward()
                 optimizer.step()
             seconds[way] += time.perf_counter() - start
-            rows[way].append((seconds[way], *_evaluate(net, x, y, test_x, test_y)))
+            steps = (epoch + 1) * len(batches)
+            rows[way].append((steps, seconds[way], *_evaluate(net, x, y, test_x, test_y)))
         on_epoch()
     return {way: np.array(found).T for way, found in rows.items()}
 
@@ -174,9 +167,8 @@ def _train_seed(setting: Setting, seed: int, on_epoch: Callable[[], object]) -> 
 @torch.no_grad()
 def _evaluate(net: Network, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> list[float]:
     logits = net(test_x)
-    accuracy = 100 * (logits.argmax(1) == test_y).double().mean()
-    losses = F.cross_entropy(net(x), y), F.cross_entropy(logits, test_y)
-    return [value.item() for value in (*losses, accuracy)]
+    accuracy = 100 * (logits.argmax(1) == test_y).double().mean().item()
+    return [F.cross_entropy(net(x), y).item(), F.cross_entropy(logits, test_y).item(), accuracy]
 
 
 def _digits(train_images: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -201,12 +193,12 @@ class Quantity:
     centre: Callable[[Array], np.floating] = np.mean  # over the seeds; the median ignores hiccups
     ratio: bool = False  # whether the quotient of two values means something to a reader
 
-    def show(self, values: Array) -> str:
+    def show(self, values: Array, *, with_spread: bool = False) -> str:
         """Return the centre as text, or how many seeds lack a value (infinite)."""
-        missed = np.isinf(values).sum()
-        if missed:
+        if missed := np.isinf(values).sum():
             return f"not reached in {missed} of {len(values)}"
-        return self.text.format(self.centre(values))
+        spread = self.spread.format(values.std(ddof=1)) if with_spread else ""
+        return self.text.format(self.centre(values)) + spread
 
 
 ACCURACY = Quantity("test accuracy", "{:.1f}%", higher_is_better=True, spread="±{:.1f}")
@@ -218,18 +210,17 @@ QUANTITIES = (ACCURACY, TEST_LOSS, STEPS, SECONDS, STEP_TIME)
 Figures = Mapping[Quantity, Array]  # one value a seed
 
 
-def summarise(curves: Curves, setting: Setting) -> dict[Quantity, Array]:
+def summarise(curves: Curves, target: float) -> dict[Quantity, Array]:
     """Reduce curves to one value a seed for each quantity; a target not reached is infinite."""
-    reached = curves.train_loss <= setting.target
-    missed, first = ~reached.any(axis=1), reached.argmax(axis=1)
-    seconds = np.take_along_axis(curves.seconds, first[:, None], axis=1)[:, 0]
-    epoch_times = np.median(np.diff(curves.seconds, axis=1, prepend=0.0), axis=1)
+    reached = curves.train_loss <= target
+    missed, first = ~reached.any(axis=1), (np.arange(len(reached)), reached.argmax(axis=1))
+    epoch_seconds = np.diff(curves.seconds, axis=1, prepend=0.0)
     return {
         ACCURACY: curves.accuracy[:, -1],
         TEST_LOSS: curves.test_loss.min(axis=1),
-        STEPS: np.where(missed, np.inf, setting.steps_per_epoch * (first + 1.0)),
-        SECONDS: np.where(missed, np.inf, seconds),
-        STEP_TIME: 1000 * epoch_times / setting.steps_per_epoch,
+        STEPS: np.where(missed, np.inf, curves.steps[first]),
+        SECONDS: np.where(missed, np.inf, curves.seconds[first]),
+        STEP_TIME: 1000 * np.median(epoch_seconds, axis=1) / curves.steps[:, 0],
     }
 
 
@@ -264,29 +255,28 @@ def _table(figures: Mapping[str, Figures]) -> Table:
     from rich import box
     from rich.table import Table
 
-    caption = "over the seeds: mean ± standard deviation, for times the median"
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), caption=caption)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.caption = "over the seeds: mean ± standard deviation, for times the median"
     table.add_column("", no_wrap=True)
     for quantity in QUANTITIES:
         table.add_column(textwrap.fill(quantity.name, 11), justify="right")
     for way, found in figures.items():
-        cells = [q.show(found[q]) + q.spread.format(found[q].std(ddof=1)) for q in QUANTITIES]
+        cells = [q.show(found[q], with_spread=True) for q in QUANTITIES]
         table.add_row(way, *cells, style="bold cyan" if way == FUSED else "")
     return table
 
 
-def save_curves(curves: Mapping[str, Curves], setting: Setting, path: Path) -> Path:
-    """Draw training loss over steps and over seconds, and test accuracy over steps; return path."""
+def save_curves(curves: Mapping[str, Curves], target: float, path: Path) -> None:
+    """Draw training loss over steps and over seconds, and test accuracy over steps."""
     from matplotlib.figure import Figure
 
     colours = {NONE: "0.45", ONE: "#E69F00", FUSED: "#0072B2", HAND: "#D55E00"}  # Okabe and Ito
-    steps = setting.steps_per_epoch * np.arange(1, setting.epochs + 1)
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     panels = figure.subplots(1, 3)
     for way, found in curves.items():
-        xs = steps, np.median(found.seconds, axis=0), steps
+        steps, seconds = found.steps[0], np.median(found.seconds, axis=0)
         ys = found.train_loss, found.train_loss, found.accuracy
-        for axes, x, y in zip(panels, xs, ys, strict=True):
+        for axes, x, y in zip(panels, (steps, seconds, steps), ys, strict=True):
             mean, spread, colour = y.mean(axis=0), y.std(axis=0), colours[way]
             dashes = "--" if way == HAND else "-"  # it lies on the fused line
             axes.plot(x, mean, color=colour, linestyle=dashes, label=way)
@@ -295,7 +285,7 @@ def save_curves(curves: Mapping[str, Curves], setting: Setting, path: Path) -> P
         axes.set_title("training loss, without dropout", fontsize=10, loc="left")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.axhline(setting.target, color="0.5", linestyle=":", label="target")
+        axes.axhline(target, color="0.5", linestyle=":", label="target")
     panels[2].set_title("test accuracy in percent", fontsize=10, loc="left")
     # The first epochs would press the rest into a line.
     panels[2].set_ylim(bottom=np.quantile([found.accuracy for found in curves.values()], 0.1))
@@ -303,8 +293,7 @@ def save_curves(curves: Mapping[str, Curves], setting: Setting, path: Path) -> P
         axes.set_xlabel(label)
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-    band = f"mean and standard deviation of {setting.seeds} seeds"
+    band = "mean and standard deviation over the seeds"
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False, title=band)
     figure.savefig(path, dpi=160)
-    return path

@@ -75,7 +75,8 @@ def run(
         path = output / f"{report.stem}.json"
         report.save(path)
         screen.show_end(report, [path, *save_plots(report, output)])
-        failed = failed or any(result["ours"].missing for result in case_results)
+        results = [*case_results, *(case for curve in curve_results for case in curve.cases)]
+        failed = failed or any(result["ours"].missing for result in results)
     return int(failed)
 
 

@@ -52,7 +52,7 @@ FILLING_PROGRAMS = 256
 LEAST_STEPS = 8
 # Elements of the tile that the softmax works on at a time, eight a thread.
 SOFTMAX_ELEMENTS = 1024
-# Rows of z are padded to what Triton needs to know for 16-byte accesses; the padding is zero.
+# Rows of z are padded to what Triton needs to know for 16-byte accesses; the padding of g is zero.
 CLASS_ALIGNMENT = 16
 
 
@@ -158,7 +158,7 @@ def _plan(x: Tensor, weight: Tensor, num_samples: int) -> _Plan:
     chunk_rows = max(1, min(rows, CHUNK_BYTES // row_bytes))
     tiles = max(1, triton.cdiv(classes, tile_classes) * triton.cdiv(features, tile_features))
     steps = chunk_rows * num_samples // depth
-    softmax_classes = min(SOFTMAX_ELEMENTS, triton.next_power_of_2(classes))
+    softmax_classes = min(SOFTMAX_ELEMENTS, triton.next_power_of_2(padded))
     return _Plan(
         rows=tile_rows,
         classes=tile_classes,
@@ -390,7 +390,8 @@ def _softmax_rows(
 
     loss = tl.zeros((ROWS,), ACC)
     rho = tl.load(row_scale + row, exists, 0.0)[:, None]
-    for first in range(0, classes, CLASSES):
+    # Over the padding too: it must be zero where a row of NaN has left NaN there.
+    for first in range(0, padded, CLASSES):
         c = first + tl.arange(0, CLASSES)[None, :]
         inside = exists[:, None] & (c < padded)
         logits = tl.load(z + c, inside, 0.0)
