@@ -14,6 +14,9 @@ endif
 SOURCES := setup.py pyproject.toml requirements.txt CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
+# Beside the interpreter; asked when a recipe runs, since .venv may not be there before.
+CLANG_FORMAT = $$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format
+
 .PHONY: install demo test bench lint format docs clean
 
 install: $(INSTALLED)
@@ -33,12 +36,12 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	$(RUN) -m clang_format --dry-run -Werror $(CXX_FILES) 2>/dev/null || clang-format --dry-run -Werror $(CXX_FILES)
+	$(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES)
 
 format: install
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(RUN) -m clang_format -i $(CXX_FILES)
+	$(CLANG_FORMAT) -i $(CXX_FILES)
 
 docs: install
 	$(RUN) -m sphinx -W -q -b html docs docs/_build

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from regularizers._shared.checks import check_same_device
 
-
 _NUMBERS = (int, float, torch.SymFloat, torch.SymInt)  # symbolic ones inside torch.compile
 
 
