@@ -16,6 +16,11 @@ for _package in ("matplotlib", "rich", "sklearn"):
 SMALL = _demo.Setting(seeds=2, epochs=2, train_images=50, batch=20, hidden=16, num_samples=3)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(_seeded):  # as run() does; _seeded gives the threads back
+    torch.set_num_threads(1)
+
+
 def same_figures(**changes):
     """Equal figures for all ways over six seeds, but for the changes of the fused way."""
     equal = {quantity: np.full(6, 10.0) for quantity in _demo.QUANTITIES}

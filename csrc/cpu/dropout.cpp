@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../merged_box.h"
 #include "common.h"
 
 namespace regularizers {

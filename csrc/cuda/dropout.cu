@@ -18,8 +18,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "../merged_box.h"
 #include "../philox.h"
-#include "../strided_box.h"
 
 namespace regularizers {
 namespace {

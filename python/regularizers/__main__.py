@@ -57,9 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench)
 
-    demo = commands.add_parser(
-        "demo", help="train a classifier on real images three ways and compare"
-    )
+    demo = commands.add_parser("demo", help="train a classifier on real images, with and without")
     demo.add_argument(
         "--output", type=Path, default=Path("demo-output"), help="folder for the plots"
     )

@@ -30,10 +30,7 @@ Array = NDArray[np.float64]
 
 
 def run(output: Path, setting: Setting | None = None) -> int:
-    """Train, compare, write ``learning-curves.png`` to output, run the quick bench.
-
-    Returns the exit status: 1 where a package is missing, otherwise that of the bench.
-    """
+    """Train, compare, save curves to ``output``, run the quick bench; return the exit status."""
     missing = [n for n in ("matplotlib", "rich", "sklearn") if importlib.util.find_spec(n) is None]
     if missing:
         print(
@@ -49,13 +46,15 @@ def run(output: Path, setting: Setting | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     setting, console = setting or Setting(), Console(highlight=False)
     console.print(_INTRODUCTION.format(s=setting, held_out=1797 - setting.train_images))
-    train(replace(setting, seeds=1, epochs=1))  # first calls allocate and start threads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # batches this small gain little from more; busy cores would hurt
+    train(replace(setting, seeds=1, epochs=1))  # first calls allocate
     with Progress(console=console) as progress:
         bar = progress.add_task("training", total=setting.seeds * setting.epochs)
         curves = train(setting, on_epoch=lambda: progress.advance(bar))
+    torch.set_num_threads(threads)
     figures = {way: summarise(found, setting.target) for way, found in curves.items()}
-    console.print(_table(figures))
-    console.print(*verdict(figures), sep="\n\n")
+    console.print(_table(figures), *verdict(figures), sep="\n\n")
     save_curves(curves, setting.target, path := output / "learning-curves.png")
     console.print(f"\nLearning curves in {path}\n", soft_wrap=True)
     return _bench.run("dropout", device="cpu", quick=True, output=output)
@@ -111,7 +110,8 @@ scikit-learn's digits: {s.train_images} images to train on and {held_out} held o
 each of {s.seeds} seeds. MLP 64-{s.hidden}-{s.hidden}-10, Adam with lr {s.lr:g}, batches of \
 {s.batch}, {s.epochs} epochs; dropout before the last layer, p = {s.p:g}; multi-sample: \
 {s.num_samples} samples. By hand: {s.num_samples} times nn.Dropout, head and cross-entropy. \
-Target: training loss (without dropout) of {s.target:g} after an epoch. Times: training alone.
+Target: training loss (without dropout) of {s.target:g} after an epoch. Times: training alone, \
+on one thread.
 """
 
 
@@ -214,13 +214,12 @@ def summarise(curves: Curves, target: float) -> dict[Quantity, Array]:
     """Reduce curves to one value a seed for each quantity; a target not reached is infinite."""
     reached = curves.train_loss <= target
     missed, first = ~reached.any(axis=1), (np.arange(len(reached)), reached.argmax(axis=1))
-    epoch_seconds = np.diff(curves.seconds, axis=1, prepend=0.0)
     return {
         ACCURACY: curves.accuracy[:, -1],
         TEST_LOSS: curves.test_loss.min(axis=1),
         STEPS: np.where(missed, np.inf, curves.steps[first]),
         SECONDS: np.where(missed, np.inf, curves.seconds[first]),
-        STEP_TIME: 1000 * np.median(epoch_seconds, axis=1) / curves.steps[:, 0],
+        STEP_TIME: 1e3 * np.median(np.diff(curves.seconds, prepend=0), axis=1) / curves.steps[:, 0],
     }
 
 
@@ -259,7 +258,8 @@ def _table(figures: Mapping[str, Figures]) -> Table:
     table.caption = "over the seeds: mean ± standard deviation, for times the median"
     table.add_column("", no_wrap=True)
     for quantity in QUANTITIES:
-        table.add_column(textwrap.fill(quantity.name, 11), justify="right")
+        heading = textwrap.fill(quantity.name, 11)
+        table.add_column(heading, justify="right", no_wrap=bool(quantity.spread))
     for way, found in figures.items():
         cells = [q.show(found[q], with_spread=True) for q in QUANTITIES]
         table.add_row(way, *cells, style="bold cyan" if way == FUSED else "")
