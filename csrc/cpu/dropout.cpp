@@ -35,7 +35,8 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
 Tensor dropout_samples(const Tensor& x, const Tensor& p, const Tensor& seed, int64_t num_samples) {
   const double probability_of_drop = probability(p, /*one_allowed=*/true);
   const StorageType type = storage_type(x);
-  const Tensor like = torch::stable::empty_like(x);
+  // Only its strides are wanted; those of a contiguous x are known without it.
+  const Tensor like = x.is_contiguous() ? x : torch::stable::empty_like(x);
   std::vector<int64_t> sizes{num_samples}, strides{std::max<int64_t>(x.numel(), 1)};
   for (int64_t d = 0; d < x.dim(); ++d) {
     sizes.push_back(x.size(d));

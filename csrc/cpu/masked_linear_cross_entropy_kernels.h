@@ -1,9 +1,11 @@
 // Masked linear cross-entropy: the loss of z = r (m * x) W^T + b for many masks m of one x, and its
 // gradients.
 //
-//   l_e = sum_c t_c (lse(z_e) - z_ec)                   t: target row, e: effective row (row i,
-//   sample s) g_ec = (softmax(z_e)_c sum_k t_k - t_c) row_scale_i dW = r sum_e g_e (m_e * x_i)^T,
-//   dx_i = r sum_s m_s * (g_s W),   db = sum_e g_e
+//   l_e  = sum_c t_c (lse(z_e) - z_ec)        t target row, e effective row: (row i, sample s)
+//   g_ec = (softmax(z_e)_c sum_k t_k - t_c) row_scale_i
+//   dW   = r sum_e g_e (m_e * x_i)^T
+//   dx_i = r sum_s m_s * (g_s W)
+//   db   = sum_e g_e
 //
 // The operand (m * x) is made once for a chunk of effective rows, in panels that the products read
 // as they lie; the logits of the chunk turn into their own gradient in place. Nothing of size rows
@@ -327,7 +329,7 @@ static inline void input_gradient(const MaskedLinearCrossEntropy& problem, int64
 
 // Rows [begin, end) of the chunk: operand, logits, loss and, with gradients, the gradient of logits
 // and of x.
-template <typename T, typename Loader>
+template <typename T, typename Loader, typename TargetRow>
 static void process_rows(const MaskedLinearCrossEntropy& problem, int64_t begin, int64_t end,
                          bool gradients) {
   using A = Accumulate<T>;
@@ -353,7 +355,7 @@ static void process_rows(const MaskedLinearCrossEntropy& problem, int64_t begin,
   logits<A>(problem, begin * samples, end * samples);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = problem.chunk_row + i;
-    const SmoothedIndex<A> target(problem, row);
+    const TargetRow target(problem, row);
     const double row_scale = gradients ? problem.row_scale[row] : 0.0;
     for (int64_t s = 0; s < samples; ++s) {
       A* z = static_cast<A*>(problem.logits) + (i * samples + s) * problem.padded_classes;
@@ -412,9 +414,9 @@ template <typename T>
 static void rows_with_rule(const MaskedLinearCrossEntropy& problem, int64_t begin, int64_t end,
                            bool gradients) {
   if (problem.rule.drops) {
-    process_rows<T, BernoulliLoader>(problem, begin, end, gradients);
+    process_rows<T, BernoulliLoader, SmoothedIndex<Accumulate<T>>>(problem, begin, end, gradients);
   } else {
-    process_rows<T, IdentityLoader>(problem, begin, end, gradients);
+    process_rows<T, IdentityLoader, SmoothedIndex<Accumulate<T>>>(problem, begin, end, gradients);
   }
 }
 

@@ -112,6 +112,11 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
+#if defined(__aarch64__)
+using NativeHalf = __fp16;  // g++ knows _Float16 there from version 13 on
+#else
+using NativeHalf = _Float16;
+#endif
 
 template <typename T>
 struct AccumulateOf {
@@ -133,7 +138,7 @@ static inline float widen(bfloat16 value) {
   return result;
 }
 static inline float widen(float16 value) {
-  _Float16 half;
+  NativeHalf half;
   std::memcpy(&half, &value, sizeof(half));
   return static_cast<float>(half);
 }
@@ -159,7 +164,7 @@ inline bfloat16 narrow<bfloat16>(float value) {
 }
 template <>
 inline float16 narrow<float16>(float value) {
-  const _Float16 half = static_cast<_Float16>(value);
+  const NativeHalf half = static_cast<NativeHalf>(value);
   float16 result;
   std::memcpy(&result, &half, sizeof(half));
   return result;

@@ -262,7 +262,8 @@ void check_launch() {
 // [num_samples, *], every sample laid out as empty_like(x); torch/csrc/stable/ops.h of 2.10 has no
 // empty_strided.
 Tensor empty_samples(const Tensor& x, int64_t num_samples) {
-  const Tensor like = torch::stable::empty_like(x);
+  // Only its strides are wanted; those of a contiguous x are known without it.
+  const Tensor like = x.is_contiguous() ? x : torch::stable::empty_like(x);
   std::vector<int64_t> sizes{num_samples}, strides{std::max<int64_t>(x.numel(), 1)};
   for (int64_t d = 0; d < x.dim(); ++d) {
     sizes.push_back(x.size(d));

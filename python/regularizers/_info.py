@@ -24,7 +24,6 @@ def info() -> dict[str, Any]:
         >>> import regularizers
         >>> sorted(regularizers.info())
         ['backends', 'build', 'forced', 'operators', 'platform', 'python', 'regularizers', 'torch']
-
     """
     from regularizers.ops._operator import OPERATORS
 

@@ -81,7 +81,6 @@ def use_backend(backend: str | None) -> Iterator[None]:
         ...     y = dropout_samples(x, 0.5, num_samples=3, seed=0)
         >>> torch.equal(y, dropout_samples(x, 0.5, num_samples=3, seed=0))
         True
-
     """
     global _forced
     previous = _forced

@@ -29,7 +29,6 @@ def draw_seed(seed: int | Tensor | None, generator: torch.Generator | None, like
         RuntimeError: ``generator`` inside ``torch.compile`` or ``torch.utils.checkpoint``: a
             recomputed forward pass would draw again from the caller's generator and get other
             masks, silently.
-
     """
     if generator is not None:
         if seed is not None:

@@ -67,7 +67,6 @@ def families() -> dict[str, Family]:
     Example:
         >>> families()["dropout"].papers[0].family
         'dropout'
-
     """
     found = {}
     for file in sorted(resources.files(__name__).iterdir(), key=lambda item: item.name):
@@ -99,7 +98,6 @@ def papers(*, family: str | None = None, status: str | None = None) -> list[Pape
     Example:
         >>> len(papers())
         170
-
     """
     known = families()
     if family is not None and family not in known:
@@ -120,7 +118,6 @@ def find(query: str) -> list[Paper]:
     Example:
         >>> find("multi-sample dropout")[0].number
         30
-
     """
     if query.strip().isdigit():
         return [paper for paper in papers() if paper.number == int(query)]

@@ -63,7 +63,6 @@ def multi_sample_dropout(
         H. Inoue, "Multi-Sample Dropout for Accelerated Training and Better Generalization", 2019,
         arXiv 1905.09788. The formula follows from the abstract; the defaults p = 0.5 and M = 8 are
         reconstructed from the paper's figures.
-
     """
     if not training:
         check_tensor("x", x)
@@ -105,7 +104,6 @@ def multi_sample_loss(
 
     Source:
         H. Inoue, 2019, arXiv 1905.09788; the formula stands in the abstract.
-
     """
     check_tensor("outputs", outputs)
     check_one_of("reduction", reduction, REDUCTIONS)
@@ -154,7 +152,6 @@ class MultiSampleDropout(ScheduledModule):
     Source:
         H. Inoue, 2019, arXiv 1905.09788; mechanism from the abstract, further diversity sources
         reconstructed.
-
     """
 
     p: Tensor
@@ -244,7 +241,6 @@ class MultiSampleDropoutCrossEntropy(ScheduledModule):
 
     Source:
         H. Inoue, 2019, arXiv 1905.09788; the formula follows from the abstract.
-
     """
 
     p: Tensor

@@ -21,10 +21,9 @@ class Operator:
 
     ``regularizers::name`` picks the best kernel for a device by itself.
     ``regularizers::name_reference``, ``name_triton`` and ``name_cuda`` are operators of their own,
-    so that a forced backend holds through compile, export and the backward
-    pass: the autograd rule of each is handed the backend it belongs to. (On a CPU the automatic
-        operator is the C++
-    one; forcing ``"cpp"`` only refuses to fall back.)
+    so that a forced backend holds through compile, export and the backward pass: the autograd rule
+    of each is handed the backend it belongs to. (On a CPU the automatic operator is the C++ one;
+    forcing ``"cpp"`` only refuses to fall back.)
 
     Args:
         name: the operator's name in the namespace ``regularizers``.
@@ -33,12 +32,10 @@ class Operator:
         reference: the specification in plain PyTorch; serves whatever has no kernel.
         triton: where the Triton kernel lives, ``"module:function"`` below
             ``regularizers.ops.triton``; imported at first use.
-        cuda: whether csrc/cuda registers a kernel under ``name_cuda``.
-        prefer_cuda: CUDA C++ goes before Triton on a CUDA device (whichever measures faster).
+        cuda: whether csrc/cuda registers a kernel under ``name_cuda``; it goes before Triton.
         setup_context: as for ``torch.library.register_autograd``.
         backward: ``backward(backend, ctx, *grads)``, the autograd rule; ``backend`` is what
             ``Operator.kernel`` takes.
-
     """
 
     def __init__(
@@ -50,7 +47,6 @@ class Operator:
         reference: Callable[..., Any],
         triton: str | None = None,
         cuda: bool = False,
-        prefer_cuda: bool = True,
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
     ) -> None:
@@ -61,8 +57,6 @@ class Operator:
         self._cuda_order = [
             kernel for kernel, exists in (("cuda", cuda), ("triton", triton is not None)) if exists
         ]
-        if not prefer_cuda:
-            self._cuda_order.reverse()
         OPERATORS[name] = self
         implementations: dict[str | None, Callable[..., Any] | None] = {
             None: reference,

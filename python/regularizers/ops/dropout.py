@@ -60,7 +60,6 @@ def dropout_samples(
 
     Source:
         The operator under multi-sample dropout (H. Inoue, 2019, arXiv 1905.09788).
-
     """
     check_floating("x", x)
     check_at_least("num_samples", num_samples, 1)

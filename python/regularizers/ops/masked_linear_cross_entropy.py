@@ -99,7 +99,6 @@ def multi_sample_dropout_cross_entropy(
     Source:
         H. Inoue, "Multi-Sample Dropout for Accelerated Training and Better Generalization", 2019,
         arXiv 1905.09788. The formula follows from the abstract; there is no code of the author.
-
     """
     _check_arguments(x, weight, bias, target, class_weight)
     check_at_least("num_samples", num_samples, 1)

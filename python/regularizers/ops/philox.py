@@ -38,7 +38,6 @@ def philox_4x32(
     Source:
         J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC
         2011; checked against the authors' known answers.
-
     """
     c0, c1, c2, c3 = counter
     key0, key1 = key
@@ -101,7 +100,6 @@ def dropout_mask(shape: tuple[int, ...], p: Tensor, seed: Tensor, num_samples: i
     Example:
         >>> dropout_mask((2, 4), torch.tensor(0.5).double(), torch.tensor(42), 1).int().tolist()
         [[[1, 0, 0, 0], [1, 0, 1, 0]]]
-
     """
     num_elements = 1
     for size in shape:
