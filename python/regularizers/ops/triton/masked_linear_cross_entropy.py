@@ -39,8 +39,8 @@ from regularizers.ops.triton.philox import (
     keep_scale,
 )
 
-# What a chunk's logits may take, and its stored m * x: within the second-level cache of a large GPU,
-# and so little that memory does not grow with M. A chunk has one row and all its samples at least.
+# What a chunk's logits may take, and its stored m * x: within the second-level cache of a large
+# GPU, and so little that memory does not grow with M. A chunk is at least one row, all its samples.
 CHUNK_BYTES = 32 << 20
 # "tf32x3" takes three tensor core products for nearly the same digits, "tf32" one for three digits.
 FLOAT32_PRECISION = "ieee"
