@@ -57,7 +57,7 @@ def _both(call, *tensors):
     return found
 
 
-def _assert_agree(call, *tensors):
+def assert_agree(call, *tensors):
     for have, want in zip(*_both(call, *tensors), strict=True):
         torch.testing.assert_close(have, want, equal_nan=True, **TOLERANCES[tensors[0].dtype])
 
@@ -117,7 +117,7 @@ def test_masks_are_bit_equal_to_the_reference(p):
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (5, 7, 11), (1030,)], ids=str)
 def test_samples_and_their_gradient_agree(shape, dtype):
     x = _randn(*shape, dtype=dtype)
-    _assert_agree(lambda x: dropout_samples(x, 0.4, num_samples=3, seed=5), x)
+    assert_agree(lambda x: dropout_samples(x, 0.4, num_samples=3, seed=5), x)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_samples_and_their_gradient_agree(shape, dtype):
 def test_samples_keep_the_layout_of_the_input(layout):
     x = layout(_randn(2, 4, 5, 6))
     call = lambda x: dropout_samples(x, 0.4, num_samples=3, seed=5)
-    _assert_agree(call, x)
+    assert_agree(call, x)
     triton_result, reference = (results[0] for results in _both(call, x))
     assert triton_result.stride() == reference.stride()
 
@@ -213,7 +213,7 @@ def _assert_loss_agrees(rows, features, classes, dtype=torch.float32, with_bias=
     def call(x, weight, bias=None):
         return multi_sample_dropout_cross_entropy(x, weight, bias, target, **options)
 
-    _assert_agree(call, x, weight, *([bias] if with_bias else []))
+    assert_agree(call, x, weight, *([bias] if with_bias else []))
 
 
 def _omega(classes, dtype=torch.float32):
@@ -282,7 +282,7 @@ def test_softmax_over_several_tiles_agrees(monkeypatch):
 def test_strided_inputs_of_the_loss_agree():
     x, weight, _, target = _problem(5, 12, 4)
     call = lambda x, w: multi_sample_dropout_cross_entropy(x, w, None, target, p=0.4, seed=4)
-    _assert_agree(call, x.t().contiguous().t(), weight[:, None].expand(4, 2, 12)[:, 1])
+    assert_agree(call, x.t().contiguous().t(), weight[:, None].expand(4, 2, 12)[:, 1])
 
 
 def test_golden_values():
