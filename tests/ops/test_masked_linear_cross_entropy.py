@@ -355,6 +355,18 @@ def test_class_weights_of_zero_give_what_cross_entropy_gives(backend):
     assert found[0].isnan()
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_nan_in_an_ignored_row_does_not_count(backend):
+    x, weight, bias, target = _problem(4, 6, 3)
+    x[1], target[1] = float("nan"), -100
+    with regularizers.use_backend(backend):
+        found = multi_sample_dropout_cross_entropy(
+            x, weight, bias, target, p=0.0, label_smoothing=0.2
+        )
+    expected = F.cross_entropy(F.linear(x, weight, bias), target, label_smoothing=0.2)
+    torch.testing.assert_close(found, expected)
+
+
 def test_ignored_rows_get_exactly_zero_gradient():
     x, weight, bias, target = _problem(4, 6, 3)
     target[1] = -100

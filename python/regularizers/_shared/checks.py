@@ -8,10 +8,16 @@ from torch import Tensor
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_probability(name: str, value: float, *, one_allowed: bool = True) -> None:
-    """Raise unless ``value`` lies in [0, 1], or in [0, 1) where one makes no sense."""
-    if not (0.0 <= value <= 1.0) or (value == 1.0 and not one_allowed):
-        raise ValueError(f"{name} must lie in [0, 1{']' if one_allowed else ')'}, got {value}")
+def check_probability(name: str, value: float) -> None:
+    """Raise unless ``value`` lies in [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def check_fraction(name: str, value: float) -> None:
+    """Raise unless ``value`` lies in [0, 1)."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

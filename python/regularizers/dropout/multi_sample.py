@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from regularizers._shared.checks import (
     check_at_least,
+    check_fraction,
     check_one_of,
     check_probability,
     check_tensor,
@@ -280,8 +281,8 @@ class MultiSampleDropoutCrossEntropy(ScheduledModule):
             nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
         )
         self.register_buffer("class_weight", class_weight, persistent=False)
-        self.schedule("p", p, _check_rate)
-        self.schedule("label_smoothing", label_smoothing, _check_rate)
+        self.schedule("p", p, check_fraction)
+        self.schedule("label_smoothing", label_smoothing, check_fraction)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -317,7 +318,3 @@ class MultiSampleDropoutCrossEntropy(ScheduledModule):
             f"in_features={self.in_features}, num_classes={self.num_classes}, p={self.p.item():g}, "
             f"num_samples={self.num_samples}, bias={self.bias is not None}"
         )
-
-
-def _check_rate(name: str, value: float) -> None:
-    check_probability(name, value, one_allowed=False)

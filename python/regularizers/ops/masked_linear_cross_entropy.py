@@ -11,8 +11,8 @@ from torch import Tensor
 from regularizers._shared.checks import (
     check_at_least,
     check_floating,
+    check_fraction,
     check_one_of,
-    check_probability,
     check_same_device,
     check_same_dtype,
     check_shape,
@@ -113,8 +113,8 @@ def multi_sample_dropout_cross_entropy(
         check_same_dtype("bias", bias, "x", x)
     if class_weight is not None and class_weight.dtype not in (x.dtype, result_dtype):
         check_same_dtype("class_weight", class_weight, "x", x)
-    rate = scheduled("p", p, x, _check_rate)
-    smoothing = scheduled("label_smoothing", label_smoothing, x, _check_smoothing)
+    rate = scheduled("p", p, x, check_fraction)
+    smoothing = scheduled("label_smoothing", label_smoothing, x, check_fraction)
     bits = draw_seed(seed, generator, x)
     code = REDUCTIONS.index(reduction)
     data = (x, weight, bias, target, class_weight, rate, smoothing, bits)
@@ -123,14 +123,6 @@ def multi_sample_dropout_cross_entropy(
     gradients = _wanted_gradients(x, weight, bias) if torch.is_grad_enabled() else 0
     loss: Tensor = FORWARD(*data, num_samples, ignore_index, code, gradients)[0]
     return loss.to(result_dtype)
-
-
-def _check_rate(name: str, value: float) -> None:
-    check_probability(name, value, one_allowed=False)
-
-
-def _check_smoothing(name: str, value: float) -> None:
-    check_probability(name, value, one_allowed=False)
 
 
 def _check_arguments(
@@ -215,7 +207,7 @@ def _loss(
     z, _, _ = _logits(x, weight, bias, p, seed, num_samples)
     t, omega_y = _target_rows(target, class_weight, label_smoothing, ignore_index, z)
     # Without smoothing only the target's class counts, and another's log-probability may be -inf.
-    counts = (t != 0) | (label_smoothing > 0)
+    counts = (t != 0) | ((label_smoothing > 0) & (target != ignore_index)[:, None])
     rows = torch.where(counts, -t * torch.log_softmax(z, -1), 0).sum(-1).mean(0)
     if reduction == _NONE:
         return rows
@@ -261,8 +253,8 @@ def _check_values(
     """Check values where that costs no synchronisation."""
     if target.device.type != "cpu":
         return
-    _check_rate("p", p.item())
-    _check_smoothing("label_smoothing", label_smoothing.item())
+    check_fraction("p", p.item())
+    check_fraction("label_smoothing", label_smoothing.item())
     classes = weight.shape[0]
     outside = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bool(outside.any()):
