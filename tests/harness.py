@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,13 +61,24 @@ class Sample:
 def forward_and_gradients(
     call: Callable[..., Tensor], leaves: Sequence[Tensor]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the result of a call and its gradients under a fixed cotangent."""
+    """Return the result of a call and its gradients, for fresh leaves, under a fixed cotangent."""
     result = call(*leaves)
-    generator = torch.Generator().manual_seed(7)
-    cotangent = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result)
     if result.numel() == 0:
         return result, ()
-    return result.detach(), torch.autograd.grad(result, leaves, cotangent)
+    generator = torch.Generator().manual_seed(7)
+    cotangent = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result)
+    result.backward(cotangent)  # reentrant checkpointing refuses torch.autograd.grad
+    return result.detach(), tuple(leaf.grad for leaf in leaves)
+
+
+def run_python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fresh interpreter, with additions to the environment."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
 
 
 def in_forked_child(work: Callable[[], Tensor]) -> Tensor:
@@ -299,14 +313,8 @@ class OperatorContract:
             torch.manual_seed(9)
             expected = forward_and_gradients(call, sample.leaves())
             torch.manual_seed(9)
-            found = (
-                forward_and_gradients(
-                    lambda *tensors, c=call: checkpoint(c, *tensors, use_reentrant=use_reentrant),
-                    sample.leaves(),
-                )
-                if not use_reentrant
-                else _reentrant(call, sample.leaves())
-            )
+            again = lambda *tensors, c=call: checkpoint(c, *tensors, use_reentrant=use_reentrant)
+            found = forward_and_gradients(again, sample.leaves())
             torch.testing.assert_close(found, expected)
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -328,16 +336,6 @@ class OperatorContract:
             for backend in ("cpp", "reference"):
                 with regularizers.use_backend(backend), pytest.raises(exception, match=name):
                     call()
-
-
-def _reentrant(
-    call: Callable[..., Tensor], leaves: Sequence[Tensor]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """As forward_and_gradients, by backward(): reentrant checkpointing refuses autograd.grad()."""
-    result = checkpoint(call, *leaves, use_reentrant=True)
-    generator = torch.Generator().manual_seed(7)
-    result.backward(torch.randn(result.shape, generator=generator, dtype=torch.float64).to(result))
-    return result.detach(), tuple(leaf.grad for leaf in leaves)
 
 
 def _graph_names(node: Any) -> set[str]:

@@ -1,28 +1,22 @@
 """The package as a whole: what its import brings, and what its libraries ask of torch."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import regularizers
+from tests.harness import run_python
 
 PACKAGE = Path(regularizers.__file__).parent
 ROOT = Path(__file__).parents[1]
 
 
-def _python(script, **environment):
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def _output(script, **environment):
+    run = run_python(script, **environment)
+    assert run.returncode == 0, run.stderr
     return run.stdout
 
 
@@ -33,7 +27,7 @@ before = set(sys.modules)
 import regularizers, json
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
-    loaded = json.loads(_python(script))
+    loaded = json.loads(_output(script))
     for name in (
         "triton",
         "sklearn",
@@ -56,21 +50,16 @@ before = set(sys.modules)
 import regularizers
 print(len(set(sys.modules) - before))
 """
-    assert int(_python(script)) < 40
+    assert int(_output(script)) < 40
 
 
 def test_environment_forces_a_backend():
     script = "import regularizers; print(regularizers.info()['forced'])"
-    assert _python(script, REGULARIZERS_BACKEND="reference").strip() == "reference"
+    assert _output(script, REGULARIZERS_BACKEND="reference").strip() == "reference"
 
 
 def test_bad_backend_in_the_environment_is_refused():
-    run = subprocess.run(
-        [sys.executable, "-c", "import regularizers"],
-        env={**os.environ, "REGULARIZERS_BACKEND": "fast"},
-        capture_output=True,
-        text=True,
-    )
+    run = run_python("import regularizers", REGULARIZERS_BACKEND="fast")
     assert run.returncode != 0
     assert "REGULARIZERS_BACKEND must be one of" in run.stderr
 

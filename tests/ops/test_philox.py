@@ -1,15 +1,12 @@
 """Philox words: known answers, and equality of every instruction set with the reference."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import regularizers
 from regularizers import _extension
 from regularizers.ops.philox import PHILOX_WORDS, dropout_mask, philox_4x32, philox_words
+from tests.harness import run_python
 
 KNOWN_ANSWERS = [  # counter, key, words
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -103,23 +100,13 @@ for backend in ("cpp", "reference"):
     results.append((loss.detach(), *torch.autograd.grad(loss, x)))
 torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "REGULARIZERS_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
+    run = run_python(script, REGULARIZERS_ISA=isa)
     assert run.returncode == 0, run.stderr
     order = ["baseline", "avx2", "avx512"]
     assert order.index(run.stdout.strip()) <= order.index(isa)
 
 
 def test_unknown_instruction_set_is_refused():
-    run = subprocess.run(
-        [sys.executable, "-c", "import regularizers; regularizers.info()"],
-        env={**os.environ, "REGULARIZERS_ISA": "mmx"},
-        capture_output=True,
-        text=True,
-    )
+    run = run_python("import regularizers; regularizers.info()", REGULARIZERS_ISA="mmx")
     assert run.returncode != 0
     assert "REGULARIZERS_ISA must be baseline, avx2 or avx512" in run.stderr
