@@ -70,11 +70,10 @@ inline int64_t accumulate_bytes(StorageType type) { return type == kDouble ? 8 :
 
 // Scheduled quantities are 0-dimensional float64 tensors; their value is checked here, before
 // anything is written.
-inline double probability(const Tensor& p, bool one_allowed) {
-  const double value = *static_cast<const double*>(p.const_data_ptr());
+inline double scheduled_value(const std::string& name, const Tensor& tensor, bool one_allowed) {
+  const double value = *static_cast<const double*>(tensor.const_data_ptr());
   check(value >= 0.0 && (value < 1.0 || (one_allowed && value == 1.0)),
-        std::string("p must lie in [0, 1") + (one_allowed ? "]" : ")") + ", got " +
-            std::to_string(value));
+        name + " must lie in [0, 1" + (one_allowed ? "]" : ")") + ", got " + std::to_string(value));
   return value;
 }
 

@@ -1,11 +1,8 @@
 // dropout_samples, its adjoint and raw Philox words on the CPU: memory layout, threads,
 // registration.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <algorithm>
-#include <vector>
 
-#include "../merged_box.h"
+#include "../sample_layout.h"
 #include "common.h"
 
 namespace regularizers {
@@ -20,29 +17,10 @@ void* offset(void* base, int64_t elements, size_t element_size) {
   return static_cast<char*>(base) + elements * static_cast<int64_t>(element_size);
 }
 
-// A new tensor of given sizes and strides on the CPU (empty_strided has no wrapper in
-// torch/csrc/stable/ops.h of 2.10).
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                     ScalarType dtype) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 Tensor dropout_samples(const Tensor& x, const Tensor& p, const Tensor& seed, int64_t num_samples) {
-  const double probability_of_drop = probability(p, /*one_allowed=*/true);
+  const double probability_of_drop = scheduled_value("p", p, /*one_allowed=*/true);
   const StorageType type = storage_type(x);
-  // Only its strides are wanted; those of a contiguous x are known without it.
-  const Tensor like = x.is_contiguous() ? x : torch::stable::empty_like(x);
-  std::vector<int64_t> sizes{num_samples}, strides{std::max<int64_t>(x.numel(), 1)};
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    sizes.push_back(x.size(d));
-    strides.push_back(like.stride(d));
-  }
-  Tensor out = empty_strided(sizes, strides, x.scalar_type());
+  const Tensor out = empty_samples(x, num_samples);
   const int64_t elements = x.numel();
   if (elements == 0) {
     return out;
@@ -66,7 +44,7 @@ Tensor dropout_samples(const Tensor& x, const Tensor& p, const Tensor& seed, int
 }
 
 Tensor dropout_samples_adjoint(const Tensor& y, const Tensor& p, const Tensor& seed) {
-  const double probability_of_drop = probability(p, /*one_allowed=*/true);
+  const double probability_of_drop = scheduled_value("p", p, /*one_allowed=*/true);
   const StorageType type = storage_type(y);
   const int64_t num_samples = y.size(0);
   Tensor out = torch::stable::empty_like(torch::stable::select(y, 0, 0));
@@ -93,7 +71,7 @@ Tensor dropout_samples_adjoint(const Tensor& y, const Tensor& p, const Tensor& s
 Tensor philox_words(const Tensor& seed, int64_t first_call, int64_t calls, int64_t stream,
                     int64_t step) {
   constexpr int64_t kTaskCalls = 1024;
-  Tensor out = empty_strided({calls * kWordsPerCall}, {1}, ScalarType::Int);
+  const Tensor out = torch::stable::new_empty(seed, {calls * kWordsPerCall}, ScalarType::Int);
   const PhiloxStream source{seed_value(seed), static_cast<uint32_t>(stream),
                             static_cast<uint32_t>(step)};
   uint32_t* words = static_cast<uint32_t*>(out.mutable_data_ptr());

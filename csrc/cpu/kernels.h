@@ -54,8 +54,8 @@ struct MaskedLinearCrossEntropy {
   // Outputs.
   double* row_loss;   // [rows], summed over samples
   void* grad_x;       // A [rows, features] or null
-  void* grad_weight;  // A [classes, features] or null
-  void* grad_bias;    // A [classes] or null
+  void* grad_weight;  // A [classes, features], empty where it is not wanted
+  void* grad_bias;    // A [classes], likewise
 };
 
 struct MaskedLinearCrossEntropyKernels {

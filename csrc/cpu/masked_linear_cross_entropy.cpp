@@ -63,10 +63,9 @@ Inputs read_inputs(const Tensor& x, const Tensor& weight, const std::optional<Te
   using torch::stable::contiguous;
   Inputs inputs{contiguous(x), contiguous(weight), contiguous(target)};
   inputs.type = storage_type(x);
-  inputs.p = probability(p, /*one_allowed=*/false);
-  inputs.label_smoothing = *static_cast<const double*>(label_smoothing.const_data_ptr());
-  check(inputs.label_smoothing >= 0.0 && inputs.label_smoothing < 1.0,
-        "label_smoothing must lie in [0, 1), got " + std::to_string(inputs.label_smoothing));
+  inputs.p = scheduled_value("p", p, /*one_allowed=*/false);
+  inputs.label_smoothing =
+      scheduled_value("label_smoothing", label_smoothing, /*one_allowed=*/false);
   inputs.seed = seed_value(seed);
   inputs.num_samples = num_samples;
   inputs.ignore_index = ignore_index;

@@ -97,8 +97,7 @@ struct BernoulliLoader {
         available += kBlockElements - skip;
         skip = 0;
       }
-      const int64_t count =
-          problem.features - d < kPanelWidth<A> ? problem.features - d : kPanelWidth<A>;
+      const int64_t count = panel_columns<A>(d / kPanelWidth<A>, problem.features);
       if (count == kPanelWidth<A>) {
 #pragma omp simd
         for (int j = 0; j < kPanelWidth<A>; ++j) {
@@ -212,8 +211,7 @@ static inline void logits(const MaskedLinearCrossEntropy& problem, int64_t begin
         tile.clear();
         const A* rows = operand + e * kPanelWidth<A>;
         for (int64_t d = 0; d < problem.features; d += kPanelWidth<A>, rows += panel_stride) {
-          const int64_t depth =
-              problem.features - d < kPanelWidth<A> ? problem.features - d : kPanelWidth<A>;
+          const int64_t depth = panel_columns<A>(d / kPanelWidth<A>, problem.features);
           tile.accumulate(depth, rows, kPanelWidth<A>, 1, packed + d * kPanelWidth<A>);
         }
 #pragma GCC unroll 8

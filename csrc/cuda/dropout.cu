@@ -16,10 +16,9 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <vector>
 
-#include "../merged_box.h"
 #include "../philox.h"
+#include "../sample_layout.h"
 
 namespace regularizers {
 namespace {
@@ -257,25 +256,6 @@ void check_launch() {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
   }
-}
-
-// [num_samples, *], every sample laid out as empty_like(x); torch/csrc/stable/ops.h of 2.10 has no
-// empty_strided.
-Tensor empty_samples(const Tensor& x, int64_t num_samples) {
-  // Only its strides are wanted; those of a contiguous x are known without it.
-  const Tensor like = x.is_contiguous() ? x : torch::stable::empty_like(x);
-  std::vector<int64_t> sizes{num_samples}, strides{std::max<int64_t>(x.numel(), 1)};
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    sizes.push_back(x.size(d));
-    strides.push_back(like.stride(d));
-  }
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-      aoti_torch_device_type_cuda(), x.get_device_index(), &handle));
-  return Tensor(handle);
 }
 
 Tensor dropout_samples(const Tensor& x, const Tensor& p, const Tensor& seed, int64_t num_samples) {

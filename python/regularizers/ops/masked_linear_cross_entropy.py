@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -279,20 +279,24 @@ def _forward_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return loss, *_gradients(gradients, unit, *call)
 
 
-def _backward_reference(
-    grad_loss: Tensor,
-    unit_grad_x: Tensor,
-    unit_grad_weight: Tensor,
-    unit_grad_bias: Tensor,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *call, reduction, gradients = arguments
-    if reduction == _NONE:
-        found = _gradients(gradients, grad_loss, *call)
-    else:
-        found = unit_grad_x * grad_loss, unit_grad_weight * grad_loss, unit_grad_bias * grad_loss
-    grad_x, grad_weight, grad_bias = (gradient.to(call[0].dtype) for gradient in found)
-    return grad_x, grad_weight, grad_bias
+def backward_by(recompute: Callable[..., Sequence[Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return an implementation of the backward operator.
+
+    The gradients of a scalar loss were found in the forward pass, up to the factor ``grad_loss``.
+    Those of row-wise losses come from ``recompute(gradients, grad_loss, *call)``. Rounding to the
+    type of x comes last.
+    """
+
+    def backward(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        *unit_gradients, x = arguments[:4]
+        *call, reduction, gradients = arguments[3:]
+        if reduction == _NONE:
+            found = recompute(gradients, grad_loss, *call)
+        else:
+            found = [gradient * grad_loss for gradient in unit_gradients]
+        return tuple(gradient.to(x.dtype) for gradient in found)
+
+    return backward
 
 
 def _gradients_fake(
@@ -409,7 +413,7 @@ BACKWARD = Operator(
     "(Tensor grad_loss, Tensor unit_grad_x, Tensor unit_grad_weight, Tensor unit_grad_bias, "
     f"{_DATA}) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     fake=_backward_fake,
-    reference=_backward_reference,
+    reference=backward_by(_gradients),
     triton="masked_linear_cross_entropy:backward",
     setup_context=_backward_context,
     backward=_double_backward,

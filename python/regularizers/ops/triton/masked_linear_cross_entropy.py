@@ -30,6 +30,7 @@ from regularizers.ops.masked_linear_cross_entropy import (
     _MEAN,
     _NONE,
     _check_values,
+    backward_by,
 )
 from regularizers.ops.triton.philox import (
     WORDS_PER_CALL,
@@ -80,34 +81,6 @@ def forward(
     loss = losses if reduction == _NONE else losses.sum() / total
     grad_x, grad_weight, grad_bias = found
     return loss.to(accumulate_dtype(x.dtype)), grad_x, grad_weight, grad_bias
-
-
-def backward(
-    grad_loss: Tensor,
-    unit_grad_x: Tensor,
-    unit_grad_weight: Tensor,
-    unit_grad_bias: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    p: Tensor,
-    label_smoothing: Tensor,
-    seed: Tensor,
-    num_samples: int,
-    ignore_index: int,
-    reduction: int,
-    gradients: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the wanted gradients; those of a scalar loss were found in the forward pass."""
-    if reduction == _NONE:
-        data = (x, weight, bias, target, class_weight, p, label_smoothing, seed)
-        _, *found = _run(gradients, grad_loss, *data, num_samples, ignore_index)
-    else:
-        found = [unit_grad_x * grad_loss, unit_grad_weight * grad_loss, unit_grad_bias * grad_loss]
-    grad_x, grad_weight, grad_bias = (gradient.to(x.dtype) for gradient in found)
-    return grad_x, grad_weight, grad_bias
 
 
 def _total_weight(target: Tensor, class_weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -261,6 +234,9 @@ def _run(
                 )  # fmt: skip
     grad_weight = grad_weight[0] if plan.splits == 1 else grad_weight.sum(0)
     return losses.mean(1, dtype=torch.float64), grad_x, grad_weight, grad_bias
+
+
+backward = backward_by(lambda *call: _run(*call)[1:])
 
 
 # Masks: mask(draw, row, sample, first, features, BLOCK) gives m [rows, BLOCK] for the features from
