@@ -16,9 +16,9 @@ from regularizers._version import __version__
 from regularizers.backend import use_backend
 
 # Families load on first use; __init__.pyi spells them out for type checkers.
-_LAZY = ("catalog", "dropout")
+_LAZY = ("catalog", "dropout", "transport")
 
-__all__ = ["__version__", "catalog", "dropout", "info", "ops", "use_backend"]
+__all__ = ["__version__", "catalog", "dropout", "info", "ops", "transport", "use_backend"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,3 @@
+"""Optimal transport, Gaussian sketches of embeddings and flows in latent space, as losses."""
+
+__all__: list[str] = []
