@@ -73,10 +73,74 @@ struct MaskedLinearCrossEntropyKernels {
                         int64_t end);
 };
 
+// One sweep over one problem of entropic optimal transport; the arithmetic and its notation are in
+// sinkhorn_kernels.h. A is the accumulation type of the cost's storage type T. Arrays over columns
+// are padded to whole vectors.
+struct SinkhornSweep {
+  int64_t rows, columns, padded_columns;
+  double epsilon;
+  const void* cost;  // T [rows, columns], rows cost_stride elements apart
+  int64_t cost_stride;
+  void* kernel;  // A [rows, kernel_stride], the stored kernel K, or null
+  int64_t kernel_stride;
+  const void* a;      // A [rows]
+  const void* shift;  // A [padded]: beta_j + epsilon log b_j, -inf where b_j = 0 and in the padding
+  const void* v;      // A [padded]
+  void* alpha;        // A [rows]
+  void* log_u;        // A [rows]
+  void* log_sum;      // A [rows] or null: log r_i is wanted
+  double tau, omega;  // f = f_old + omega (tau F - f_old)
+  const double* f_old;  // [rows], for a log_sweep with omega or tau other than 1
+};
+
+// The update of the columns that follows a sweep.
+struct SinkhornColumns {
+  int64_t columns, padded_columns, blocks;
+  double epsilon, tau, omega;
+  const void* partial;  // A [blocks, padded], what the sweep's row blocks accumulated
+  const void* b;        // A [padded], 0 in the padding
+  const void* shift;    // as above
+  void* v;              // A [padded]
+  void* log_v;          // A [padded]
+  void* sum;            // A [padded], total of `partial`
+  // Results of `measure`.
+  double residual_sum, residual_max, mass, lowest_ratio;
+  bool underflow;  // some column with b_j > 0 has no usable sum
+  // Result of `move`.
+  double drift;  // largest |log v_j|
+};
+
+struct SinkhornKernels {
+  int64_t lanes;
+  // Exact log-sum-exp of the columns over rows [begin, end): base [padded] and sum [padded] with
+  // sum_i a_i exp((f_i - C_ij) / epsilon) = exp(base_j / epsilon) sum_j; row_shift is
+  // f_i + epsilon log a_i.
+  void (*column_pass)(const SinkhornSweep& sweep, const void* row_shift, int64_t begin, int64_t end,
+                      void* base, void* sum);
+  // Rows [begin, end): new alpha, log_u, the kernel where it is stored, and the accumulated columns
+  // into partial [padded], unless that is null. Adds to the residual of the rows, (sum, max).
+  // `scratch` holds kSinkhornStripe padded rows.
+  void (*log_sweep)(const SinkhornSweep& sweep, int64_t begin, int64_t end, void* partial,
+                    void* scratch, double* residual);
+  // The same from the stored kernel.
+  void (*kernel_sweep)(const SinkhornSweep& sweep, int64_t begin, int64_t end, void* partial,
+                       double* residual);
+  // Adds up `partial`, compares with the marginals.
+  void (*measure)(SinkhornColumns& columns);
+  // v for the new g.
+  void (*move)(SinkhornColumns& columns);
+  // plan = weight exp((row_shift_i + shift_j - C_ij) / epsilon) for rows [begin, end), of type T.
+  void (*plan)(const SinkhornSweep& sweep, const void* row_shift, double weight, int64_t begin,
+               int64_t end, void* plan);
+};
+
+constexpr int64_t kSinkhornStripe = 4;  // rows that are worked off together
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
   MaskedLinearCrossEntropyKernels masked_linear_cross_entropy[kStorageTypes];
+  SinkhornKernels sinkhorn[kStorageTypes];
 };
 
 namespace baseline {

@@ -3,11 +3,15 @@
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
+from regularizers.ops.sinkhorn import SinkhornOutput, sinkhorn, transport_plan
 
 __all__ = [
+    "SinkhornOutput",
     "dropout_mask",
     "dropout_samples",
     "multi_sample_dropout_cross_entropy",
     "philox_4x32",
     "philox_words",
+    "sinkhorn",
+    "transport_plan",
 ]
