@@ -90,7 +90,8 @@ struct SinkhornSweep {
   void* log_u;        // A [rows]
   void* log_sum;      // A [rows] or null: log r_i is wanted
   double tau, omega;  // f = f_old + omega (tau F - f_old)
-  const double* f_old;  // [rows], for a log_sweep with omega or tau other than 1
+  const double* f_old;  // [rows], for a log_sweep with omega or tau other than 1, or of points
+  bool cold;            // f_old does not say where f is going to be
 };
 
 // The update of the columns that follows a sweep.
@@ -134,6 +135,38 @@ struct SinkhornKernels {
                int64_t end, void* plan);
 };
 
+// Points in place of a cost matrix; see sinkhorn_points_kernels.h.
+enum PointCost : int64_t { kSquaredEuclidean = 0, kEuclidean = 1, kCosine = 2 };
+
+struct SinkhornPoints {
+  PointCost cost;
+  int64_t features;
+  double slope;              // kEuclidean: cost scale log2(e) / epsilon
+  const void* x;             // A [rows, features], scaled
+  const void* y;             // A panels of columns: [panel][features][width]
+  const void* row_term;      // A [rows]
+  const void* column_term;   // A [padded]
+  const void* column_shift;  // A [padded], kEuclidean only
+  double unit;               // log2(e) / epsilon
+};
+
+struct SinkhornPointsKernels {
+  int64_t panel_width, tile_rows;
+  // As SinkhornKernels::log_sweep, from points; `scratch` holds tile_rows padded rows. Takes the
+  // potentials in f_old for anchors unless the sweep is cold.
+  void (*sweep)(const SinkhornSweep& sweep, const SinkhornPoints& points, int64_t begin,
+                int64_t end, void* partial, void* scratch, double* residual);
+  // product [rows, width of the panels of v] = P v and row_sums [rows] = P 1 for rows [begin, end);
+  // v is packed as panels [panel][padded columns][width]. With `over_distance` (kEuclidean), P_ij
+  // is divided by |x_i - y_j|, and is 0 where that is 0. `scratch` holds tile_rows times
+  // kApplyColumns.
+  void (*apply)(const SinkhornSweep& sweep, const SinkhornPoints& points, const void* v,
+                int64_t v_panels, bool over_distance, int64_t begin, int64_t end, void* product,
+                void* row_sums, void* scratch);
+};
+
+constexpr int64_t kApplyColumns = 512;  // columns whose exponentials one step of `apply` keeps
+
 constexpr int64_t kSinkhornStripe = 4;  // rows that are worked off together
 
 struct Kernels {
@@ -141,6 +174,7 @@ struct Kernels {
   DropoutKernels dropout[kStorageTypes];
   MaskedLinearCrossEntropyKernels masked_linear_cross_entropy[kStorageTypes];
   SinkhornKernels sinkhorn[kStorageTypes];
+  SinkhornPointsKernels sinkhorn_points[2];  // of float and double: points are widened first
 };
 
 namespace baseline {

@@ -394,6 +394,32 @@ static inline double logarithm(double x) {
   return static_cast<double>(n) * 0.69314718055994530942 + sum * s;
 }
 
+static inline Vector<float> square_root(Vector<float> x) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int j = 0; j < kLanes<float>; ++j) {
+    x[j] = __builtin_sqrtf(x[j]);
+  }
+  return x;
+#endif
+}
+
+static inline Vector<double> square_root(Vector<double> x) {
+#if defined(__AVX512F__)
+  return (Vector<double>)_mm512_sqrt_pd((__m512d)x);
+#elif defined(__AVX2__)
+  return (Vector<double>)_mm256_sqrt_pd((__m256d)x);
+#else
+  for (int j = 0; j < kLanes<double>; ++j) {
+    x[j] = __builtin_sqrt(x[j]);
+  }
+  return x;
+#endif
+}
+
 // Sum and maximum of the lanes, in a fixed order.
 template <typename A>
 static inline A sum_lanes(Vector<A> value) {

@@ -88,19 +88,17 @@ static inline void clear(A* values, int64_t count) {
 // partial_j += sum over the stripe's rows of weight_r K_rj.
 template <typename A, int ROWS>
 static inline void accumulate_columns(const A* const* kernel, const A* weight, A* partial,
-                                      int64_t padded, int64_t ahead) {
+                                      int64_t padded) {
   Vector<A> w[ROWS];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
     w[r] = broadcast(weight[r]);
   }
   for (int64_t j = 0; j < padded; j += kLanes<A>) {
     Vector<A> total = load(partial + j);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       total += w[r] * load(kernel[r] + j);
-      // The next stripe comes from memory while this one is used from cache.
-      __builtin_prefetch(kernel[r] + j + ahead);
     }
     store(partial + j, total);
   }
@@ -169,7 +167,7 @@ static inline void log_stripe(const SinkhornSweep& sweep, const RowUpdate<Accumu
     weight[r] = update(sum, i, log_u_old, residual);
   }
   if (partial != nullptr) {
-    accumulate_columns<A, ROWS>(kernel, weight, partial, sweep.padded_columns, 0);
+    accumulate_columns<A, ROWS>(kernel, weight, partial, sweep.padded_columns);
   }
 }
 
@@ -223,8 +221,7 @@ static inline void kernel_stripe(const SinkhornSweep& sweep, const RowUpdate<A>&
                        : A{0};
   }
   if (partial != nullptr) {
-    accumulate_columns<A, ROWS>(kernel, weight, partial, sweep.padded_columns,
-                                ROWS * sweep.kernel_stride);
+    accumulate_columns<A, ROWS>(kernel, weight, partial, sweep.padded_columns);
   }
 }
 

@@ -19,6 +19,8 @@ struct SinkhornOptions {
   double eps_init, eps_decay, momentum;  // momentum 0: chosen by Relaxation
   double tau_a, tau_b;
   bool linf, symmetric;
+
+  bool balanced() const { return tau_a == 1.0 && tau_b == 1.0; }
 };
 
 struct SinkhornResult {
@@ -145,14 +147,39 @@ class SinkhornProblem {
  public:
   virtual ~SinkhornProblem() = default;
 
+  // The length of an array over columns, padded to whole vectors.
+  virtual int64_t padded(int64_t columns) const = 0;
   // G_j (double) for potentials f of the rows, exactly.
   virtual void exact_columns(double epsilon, const double* f, double* g) = 0;
-  // F_i of rows without mass, for the potentials in sweep.shift.
+  // Called before the row blocks of a log_sweep are worked off.
+  virtual void begin_sweep(const SinkhornSweep&) {}
+  // As SinkhornKernels::log_sweep; scratch holds scratch_rows() padded rows.
   virtual void log_sweep(const SinkhornSweep& sweep, int64_t begin, int64_t end, A* partial,
                          A* scratch, double* residual) const = 0;
+  virtual int64_t scratch_rows() const = 0;
+  // Whether log_sweep can write the kernel down for kernel_sweep.
   virtual bool stores_kernel() const = 0;
   virtual const SinkhornKernels& kernel() const = 0;
 };
+
+// Rows are worked off in this many blocks, each with sums over columns of its own. The number
+// depends on the rows alone and the sums are added in order: results do not depend on the number of
+// threads.
+inline int64_t row_blocks(int64_t rows) {
+  return std::max<int64_t>(1, std::min<int64_t>(32, rows / 64));
+}
+
+// potential_i + epsilon log weight_i for the first `count`, -inf where there is no mass and beyond.
+template <typename P, typename A>
+void fill_shift(const P* potential, const A* weight, double epsilon, int64_t count,
+                std::vector<A>& shift) {
+  std::fill(shift.begin(), shift.end(), -std::numeric_limits<A>::infinity());
+  for (int64_t i = 0; i < count; ++i) {
+    if (weight[i] > 0) {
+      shift[i] = static_cast<A>(potential[i] + epsilon * std::log(static_cast<double>(weight[i])));
+    }
+  }
+}
 
 template <typename T>
 T* aligned(std::unique_ptr<char[]>& storage, int64_t count) {
@@ -165,7 +192,6 @@ T* aligned(std::unique_ptr<char[]>& storage, int64_t count) {
 template <typename A>
 class SinkhornDriver {
  public:
-  // threads = 1: everything on the calling thread.
   SinkhornDriver(SinkhornProblem<A>& problem, int64_t rows, int64_t columns, const A* a,
                  const A* b, double epsilon, const SinkhornOptions& options, bool parallel)
       : problem_(problem),
@@ -174,11 +200,10 @@ class SinkhornDriver {
         options_(options),
         target_epsilon_(epsilon),
         parallel_(parallel),
-        blocks_(std::max<int64_t>(1, std::min<int64_t>(32, rows / 64))),
+        blocks_(row_blocks(rows)),
         relaxation_(options.momentum),
         floor_(sizeof(A) == 4 ? 1e-5 : 1e-13) {
-    const int64_t lanes = problem.kernel().lanes;
-    padded_ = std::max<int64_t>(1, divide_up(columns, lanes)) * lanes;
+    padded_ = problem.padded(columns);
     f_.assign(rows, 0.0);
     g_.assign(columns, 0.0);
     alpha_.assign(rows, A{0});
@@ -192,7 +217,6 @@ class SinkhornDriver {
     sum_.assign(padded_, A{0});
     shift_.assign(padded_, -std::numeric_limits<A>::infinity());
     partial_ = aligned<A>(partial_storage_, blocks_ * padded_);
-    scratch_ = aligned<A>(scratch_storage_, blocks_ * kSinkhornStripe * padded_);
     for (int64_t i = 0; i < rows; ++i) {
       total_a_ += a[i];
     }
@@ -373,16 +397,20 @@ class SinkhornDriver {
       }
       kernel_valid_ = store;
     }
-    const SinkhornSweep sweep = describe(tau, omega);
+    SinkhornSweep sweep = describe(tau, omega);
+    sweep.cold = cold_;
+    cold_ = false;
+    if (!from_kernel) {
+      problem_.begin_sweep(sweep);
+    }
     std::vector<double> residuals(2 * blocks_, 0.0);
-    for_blocks(rows_, [&](int64_t block, int64_t begin, int64_t end) {
+    for_blocks([&](int64_t block, int64_t begin, int64_t end, A* scratch) {
       A* partial = with_columns ? partial_ + block * padded_ : nullptr;
       double* residual = residuals.data() + 2 * block;
       if (from_kernel) {
         problem_.kernel().kernel_sweep(sweep, begin, end, partial, residual);
       } else {
-        problem_.log_sweep(sweep, begin, end, partial,
-                           scratch_ + block * kSinkhornStripe * padded_, residual);
+        problem_.log_sweep(sweep, begin, end, partial, scratch, residual);
       }
     });
     row_residual_[0] = row_residual_[1] = 0.0;
@@ -392,13 +420,13 @@ class SinkhornDriver {
     }
   }
 
-  // Blocks depend on the number of rows alone, and their sums are added in order: results do not
-  // depend on the number of threads.
   template <typename Body>
-  void for_blocks(int64_t rows, const Body& body) {
+  void for_blocks(const Body& body) {
     const auto range = [&](int64_t first, int64_t last) {
+      std::unique_ptr<char[]> storage;
+      A* scratch = aligned<A>(storage, problem_.scratch_rows() * padded_);
       for (int64_t block = first; block < last; ++block) {
-        body(block, rows * block / blocks_, rows * (block + 1) / blocks_);
+        body(block, rows_ * block / blocks_, rows_ * (block + 1) / blocks_, scratch);
       }
     };
     if (parallel_ && blocks_ > 1) {
@@ -476,10 +504,14 @@ class SinkhornDriver {
       sweep.kernel = nullptr;
       sweep.a = unit.data();
       sweep.log_sum = nullptr;
-      double residual[2];
+      sweep.cold = true;
+      problem_.begin_sweep(sweep);
+      double residual[2] = {};
+      std::unique_ptr<char[]> storage;
+      A* scratch = aligned<A>(storage, problem_.scratch_rows() * padded_);
       for (int64_t i = 0; i < rows_; ++i) {
         if (!(a_[i] > 0)) {
-          problem_.log_sweep(sweep, i, i + 1, nullptr, scratch_, residual);
+          problem_.log_sweep(sweep, i, i + 1, nullptr, scratch, residual);
           f_[i] = options_.tau_a * (static_cast<double>(alpha_[i]) +
                                     epsilon_ * static_cast<double>(log_u_[i]));
         }
@@ -522,15 +554,15 @@ class SinkhornDriver {
   int64_t rows_, columns_, padded_;
   const SinkhornOptions& options_;
   double target_epsilon_, epsilon_ = 0.0, total_a_ = 0.0, total_b_ = 0.0, mass_ = 0.0;
-  bool parallel_, kernel_valid_ = false;
+  bool parallel_, kernel_valid_ = false, cold_ = true;
   int64_t blocks_;
   Relaxation relaxation_;
   RoundingFloor floor_;
   double row_residual_[2] = {};
   std::vector<double> f_, g_;  // g_ is beta while a sweep's factors v are in use
   std::vector<A> a_, b_, alpha_, log_u_, log_sum_, v_, log_v_, sum_, shift_;
-  std::unique_ptr<char[]> partial_storage_, scratch_storage_, kernel_storage_;
-  A *partial_ = nullptr, *scratch_ = nullptr, *kernel_ = nullptr;
+  std::unique_ptr<char[]> partial_storage_, kernel_storage_;
+  A *partial_ = nullptr, *kernel_ = nullptr;
 };
 
 }  // namespace regularizers

@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
 #include "sinkhorn_kernels.h"
+#include "sinkhorn_points_kernels.h"
 
 namespace regularizers::REGULARIZERS_ISA {
 
@@ -31,6 +32,7 @@ const Kernels& kernels() {
        masked_linear_cross_entropy_kernels<float16>()},
       {sinkhorn_kernels<float>(), sinkhorn_kernels<double>(), sinkhorn_kernels<bfloat16>(),
        sinkhorn_kernels<float16>()},
+      {sinkhorn_points_kernels<float>(), sinkhorn_points_kernels<double>()},
   };
   return table;
 }

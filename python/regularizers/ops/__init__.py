@@ -4,6 +4,8 @@ from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
 from regularizers.ops.sinkhorn import SinkhornOutput, sinkhorn, transport_plan
+from regularizers.ops.sinkhorn_points import sinkhorn_points
+from regularizers.ops.transport_apply import transport_apply
 
 __all__ = [
     "SinkhornOutput",
@@ -13,5 +15,7 @@ __all__ = [
     "philox_4x32",
     "philox_words",
     "sinkhorn",
+    "sinkhorn_points",
+    "transport_apply",
     "transport_plan",
 ]

@@ -1,9 +1,10 @@
-"""Sinkhorn's iteration in plain PyTorch, one problem at a time: the solvers' specification."""
+"""Sinkhorn's iteration in plain PyTorch, the specification of the solvers."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -311,3 +312,139 @@ def unrolled(
     errors = (column_sum - column_target).abs()
     found = value(a, b, f, g, column_sum.sum(-1), now, options.tau_a, options.tau_b)
     return f, g, found, errors.amax(-1) if options.linf else errors.sum(-1)
+
+
+# --- Batches --------------------------------------------------------------------------------------
+
+
+def within(weight: Tensor, sizes: Tensor | None) -> Tensor:
+    """Return masses [B, k] with 0 beyond each problem's size."""
+    if sizes is None:
+        return weight
+    inside = torch.arange(weight.shape[-1], device=weight.device) < sizes[:, None]
+    return torch.where(inside, weight, 0)
+
+
+def check_values(a: Tensor, b: Tensor, epsilon: Tensor, balanced: bool) -> None:
+    """Check values where that costs no synchronisation."""
+    if a.device.type != "cpu":
+        return
+    for strength in epsilon.tolist():
+        if not 0.0 < strength < float("inf"):
+            raise ValueError(f"epsilon must be positive and finite, got {strength}")
+    for name, weight in (("a", a), ("b", b)):
+        if bool((~((weight >= 0) & weight.isfinite())).any()):
+            raise ValueError(f"{name} must be finite and not negative")
+    rows, columns = a.sum(-1), b.sum(-1)
+    apart = (rows - columns).abs() > 1e-4 * torch.maximum(rows, columns)
+    if balanced and bool(apart.any()):
+        item = int(apart.nonzero()[0])
+        raise ValueError(
+            f"a and b must have equal sums in a balanced problem, got {rows[item].item():g} and "
+            f"{columns[item].item():g} for item {item}"
+        )
+
+
+def solve_reference(
+    name: str,
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: Tensor,
+    f0: Tensor | None,
+    g0: Tensor | None,
+    row_sizes: Tensor | None,
+    column_sizes: Tensor | None,
+    *numbers: Any,
+) -> tuple[Tensor, ...]:
+    """Solve a batch, ``cost [B, n, m]``; ``name`` says in errors what the costs come from."""
+    options = Options(*numbers)
+    a, b = within(a, row_sizes), within(b, column_sizes)
+    check_values(a, b, epsilon, options.tau_a == options.tau_b == 1.0)
+    count, n, m = cost.shape
+    results = (
+        a.new_zeros(count, n),
+        a.new_zeros(count, m),
+        a.new_zeros(count),
+        torch.zeros_like(epsilon, dtype=torch.int64),
+        a.new_zeros(count),
+        torch.zeros_like(epsilon, dtype=torch.bool),
+    )
+    wide = cost.to(a.dtype)
+    for i in range(count):
+        n = cost.shape[1] if row_sizes is None else int(row_sizes[i])
+        m = cost.shape[2] if column_sizes is None else int(column_sizes[i])
+        if n == 0 or m == 0:
+            results[5][i] = True
+            continue
+        starts = (None if f0 is None else f0[i, :n], None if g0 is None else g0[i, :m])
+        found = solve(wide[i, :n, :m], a[i, :n], b[i, :m], epsilon[i].item(), *starts, options)
+        if found.iterations == 1 and found.error != found.error and cost.device.type == "cpu":
+            raise ValueError(
+                f"{name} must be finite where both weights are positive, which item {i} is not "
+                "(NaN, -inf, or a row or column without a finite entry)"
+            )
+        results[0][i, :n], results[1][i, :m] = found.f, found.g
+        results[2][i], results[3][i] = found.value, found.iterations
+        results[4][i], results[5][i] = found.error, found.converged
+    return results
+
+
+def unrolled_batch(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    epsilon: Tensor,
+    f0: Tensor | None,
+    g0: Tensor | None,
+    row_sizes: Tensor | None,
+    column_sizes: Tensor | None,
+    numbers: tuple[Any, ...],
+) -> tuple[Tensor, ...]:
+    """Run the plain, differentiable iteration, for functorch and forward-mode differentiation."""
+    options = Options(*numbers)
+    a, b = within(a, row_sizes), within(b, column_sizes)
+    wide = cost.to(a.dtype)
+    items = []
+    for i in range(cost.shape[0]):
+        starts = (None if f0 is None else f0[i], None if g0 is None else g0[i])
+        f, g, found, error = unrolled(wide[i], a[i], b[i], epsilon[i].to(a.dtype), *starts, options)
+        count = torch.full_like(error, options.max_iter, dtype=torch.int64)
+        items.append((f, g, found, count, error.detach(), error <= options.tol))
+    f, g, *rest = (torch.stack(column) for column in zip(*items, strict=True))
+    unit_a, unit_b = (within(torch.ones_like(x), s) for x, s in ((f, row_sizes), (g, column_sizes)))
+    return torch.where(unit_a > 0, f, 0), torch.where(unit_b > 0, g, 0), *rest
+
+
+# --- Derivatives ----------------------------------------------------------------------------------
+
+
+def ratio(numerator: Tensor, weight: Tensor) -> Tensor:
+    """Return numerator / weight, 0 where the weight is 0."""
+    return torch.where(weight > 0, numerator / torch.where(weight > 0, weight, 1), 0)
+
+
+def by_masses(
+    a: Tensor, b: Tensor, epsilon: Tensor, f: Tensor, g: Tensor, tau_a: float, tau_b: float
+) -> tuple[Tensor, Tensor]:
+    """Return the derivatives of the value in the masses; for a balanced problem f and g, centred.
+
+    A balanced problem fixes them up to a constant: only directions that keep the total mass count.
+    """
+    strength = epsilon.to(a.dtype)[:, None]
+
+    def side(weight: Tensor, other: Tensor, potential: Tensor, tau: float) -> Tensor:
+        if tau_a == tau_b == 1.0:
+            total = weight.sum(-1, keepdim=True)
+            centre = (weight * potential).sum(-1, keepdim=True) / total
+            return torch.where(weight > 0, potential - centre, 0)
+        rate = other.sum(-1, keepdim=True)
+        if tau == 1.0:
+            moved = potential + strength * (rate - 1)
+        else:
+            rho = tau * strength / (1 - tau)
+            share = torch.exp(-potential / rho)  # the plan's row sum over a
+            moved = rho * (1 - share) + strength * (rate - share)
+        return torch.where(weight > 0, moved, 0)
+
+    return side(a, b, f, tau_a), side(b, a, g, tau_b)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from regularizers._shared.checks import (
-    check_at_least,
-    check_floating,
-    check_one_of,
-    check_same_device,
-    check_tensor,
-)
+from regularizers._shared.checks import check_floating
 from regularizers.ops._marginal_solve import MARGINAL_SOLVE
-from regularizers.ops._operator import Operator, accumulate_dtype, transformed
-from regularizers.ops._sinkhorn_reference import Options, solve, unrolled
-
-NORMS = ("l1", "linf")
+from regularizers.ops._operator import Operator, transformed
+from regularizers.ops._sinkhorn_arguments import (
+    check_options,
+    masses,
+    potential,
+    sizes_of,
+    strengths,
+)
+from regularizers.ops._sinkhorn_reference import (
+    by_masses,
+    ratio,
+    solve_reference,
+    unrolled_batch,
+    within,
+)
 
 
 class SinkhornOutput(NamedTuple):
@@ -143,17 +149,19 @@ def sinkhorn(
         carry the masses outside, OTT's are ``f + epsilon log a``.
     """
     batch, arguments = _arguments(cost, a, b, epsilon, row_sizes, column_sizes)
-    options = _options(
-        cost, symmetric, tol, max_iter, min_iter, inner_iter, eps_init, eps_decay, momentum,
+    if symmetric and cost.shape[-1] != cost.shape[-2]:
+        raise ValueError(f"cost must be square where symmetric, got {list(cost.shape)}")
+    options = check_options(
+        symmetric, tol, max_iter, min_iter, inner_iter, eps_init, eps_decay, momentum,
         tau_a, tau_b, norm_error,
     )  # fmt: skip
-    start = tuple(
-        _potential(name, potential, cost, size)
-        for name, potential, size in (("f0", f0, cost.shape[-2]), ("g0", g0, cost.shape[-1]))
+    start = (
+        potential("f0", f0, cost, batch, cost.shape[-2]),
+        potential("g0", g0, cost, batch, cost.shape[-1]),
     )
     matrix, row_mass, column_mass, strength, sizes = arguments
     call = (matrix, row_mass, column_mass, strength, *start, *sizes)
-    found = _unrolled(*call, options) if transformed() else SINKHORN(*call, *options)
+    found = unrolled_batch(*call, options) if transformed() else SINKHORN(*call, *options)
     return SinkhornOutput(*(item.reshape(batch + item.shape[1:]) for item in found))
 
 
@@ -199,8 +207,8 @@ def transport_plan(
     """
     batch, arguments = _arguments(cost, a, b, epsilon, row_sizes, column_sizes)
     matrix, row_mass, column_mass, strength, sizes = arguments
-    rows = _potential("f", f, cost, cost.shape[-2])
-    columns = _potential("g", g, cost, cost.shape[-1])
+    rows = potential("f", f, cost, batch, cost.shape[-2])
+    columns = potential("g", g, cost, batch, cost.shape[-1])
     unit = row_mass.new_ones(matrix.shape[0])
     call = (matrix, row_mass, column_mass, strength, rows, columns, unit, *sizes)
     plan: Tensor = _plan(*call) if transformed() else TRANSPORT_PLAN(*call)
@@ -234,218 +242,7 @@ def _arguments(
     )
 
 
-def _flat_batch(tensor: Tensor, batch: torch.Size) -> Tensor:
-    """Return ``[..., k]`` broadcast to the batch and with one batch dimension."""
-    return tensor.expand(*batch, tensor.shape[-1]).reshape(batch.numel(), tensor.shape[-1])
-
-
-def masses(
-    name: str,
-    given: Tensor | None,
-    like: Tensor,
-    batch: torch.Size,
-    count: int,
-    sizes: Tensor | None,
-) -> Tensor:
-    """Return masses [B, count] in the accumulation type; uniform ones when none are given."""
-    dtype = accumulate_dtype(like.dtype)
-    if given is None:
-        if sizes is None:
-            return torch.full(
-                (batch.numel(), count), 1 / max(count, 1), dtype=dtype, device=like.device
-            )
-        inside = torch.arange(count, device=like.device) < sizes[:, None]
-        return torch.where(inside, 1 / sizes.clamp(min=1)[:, None].to(dtype), 0)
-    check_floating(name, given)
-    check_same_device(name, given, "cost", like)
-    fits = given.dim() >= 1 and given.shape[-1] == count and given.dim() - 1 <= len(batch)
-    if not fits or any(
-        have not in (1, want)
-        for have, want in zip(reversed(given.shape[:-1]), reversed(batch), strict=False)
-    ):
-        raise ValueError(
-            f"{name} must have shape {[*batch, count]} or broadcast to it, got {list(given.shape)}"
-        )
-    return _flat_batch(given.to(dtype), batch)
-
-
-def strengths(name: str, given: float | Tensor, like: Tensor, batch: torch.Size) -> Tensor:
-    """Return float64 [B], one entropic strength a problem."""
-    if isinstance(given, Tensor):
-        if not given.is_floating_point() or given.shape not in ((), batch):
-            raise ValueError(
-                f"{name} must be a number or a floating-point tensor of shape [] or {list(batch)}, "
-                f"got {given.dtype} of shape {list(given.shape)}"
-            )
-        check_same_device(name, given, "cost", like)
-        return given.detach().double().expand(batch).reshape(-1)
-    if isinstance(given, bool) or not isinstance(given, (int, float, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(given).__name__}")
-    if not 0.0 < given < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {given}")
-    return torch.full((batch.numel(),), given, dtype=torch.float64, device=like.device)
-
-
-def sizes_of(name: str, given: Tensor | None, like: Tensor, batch: torch.Size) -> Tensor | None:
-    """Return int64 [B] or None."""
-    if given is None:
-        return None
-    check_tensor(name, given)
-    if given.dtype != torch.int64 or given.shape != batch:
-        raise ValueError(
-            f"{name} must be int64 of shape {list(batch)}, got {given.dtype} of shape "
-            f"{list(given.shape)}"
-        )
-    check_same_device(name, given, "cost", like)
-    return given.reshape(-1)
-
-
-def _potential(name: str, given: Tensor | None, cost: Tensor, count: int) -> Tensor | None:
-    if given is None:
-        return None
-    check_floating(name, given)
-    check_same_device(name, given, "cost", cost)
-    batch = cost.shape[:-2]
-    if given.shape[-1:] != (count,) or given.shape[:-1] not in ((), batch):
-        raise ValueError(f"{name} must have shape {[*batch, count]}, got {list(given.shape)}")
-    return _flat_batch(given.to(accumulate_dtype(cost.dtype)), batch)
-
-
-def _options(cost: Tensor, symmetric: bool, *numbers: Any) -> tuple[Any, ...]:
-    if symmetric and cost.shape[-1] != cost.shape[-2]:
-        raise ValueError(f"cost must be square where symmetric, got {list(cost.shape)}")
-    return check_options(symmetric, *numbers)
-
-
-def check_options(
-    symmetric: bool,
-    tol: float,
-    max_iter: int,
-    min_iter: int,
-    inner_iter: int,
-    eps_init: float,
-    eps_decay: float,
-    momentum: float | str,
-    tau_a: float,
-    tau_b: float,
-    norm_error: str,
-) -> tuple[Any, ...]:
-    """Return the options in the order of the operators, checked; see :class:`Options`."""
-    check_at_least("max_iter", max_iter, 1)
-    check_at_least("min_iter", min_iter, 0)
-    check_at_least("inner_iter", inner_iter, 1)
-    check_one_of("norm_error", norm_error, NORMS)
-    if not tol >= 0.0:
-        raise ValueError(f"tol must not be negative, got {tol}")
-    if not eps_init >= 1.0:
-        raise ValueError(f"eps_init must be at least 1, got {eps_init}")
-    for name, number in (("eps_decay", eps_decay), ("tau_a", tau_a), ("tau_b", tau_b)):
-        if not 0.0 < number <= 1.0:
-            raise ValueError(f"{name} must lie in (0, 1], got {number}")
-    if momentum == "auto":
-        factor = 0.0
-    elif isinstance(momentum, str) or not 0.0 < momentum < 2.0:
-        raise ValueError(f"momentum must be 'auto' or lie in (0, 2), got {momentum!r}")
-    else:
-        factor = float(momentum)
-    if symmetric and tau_a != tau_b:
-        raise ValueError(f"tau_b must equal tau_a = {tau_a} where symmetric, got {tau_b}")
-    numbers = (float(tol), max_iter, min_iter, inner_iter, float(eps_init), float(eps_decay))
-    return (*numbers, factor, float(tau_a), float(tau_b), norm_error == "linf", bool(symmetric))
-
-
 # --- The solver -----------------------------------------------------------------------------------
-
-
-def within(weight: Tensor, sizes: Tensor | None) -> Tensor:
-    """Return masses [B, k] with 0 beyond each problem's size."""
-    if sizes is None:
-        return weight
-    inside = torch.arange(weight.shape[-1], device=weight.device) < sizes[:, None]
-    return torch.where(inside, weight, 0)
-
-
-def check_values(a: Tensor, b: Tensor, epsilon: Tensor, balanced: bool) -> None:
-    """Check values where that costs no synchronisation."""
-    if a.device.type != "cpu":
-        return
-    for strength in epsilon.tolist():
-        if not 0.0 < strength < float("inf"):
-            raise ValueError(f"epsilon must be positive and finite, got {strength}")
-    for name, weight in (("a", a), ("b", b)):
-        if bool((~((weight >= 0) & weight.isfinite())).any()):
-            raise ValueError(f"{name} must be finite and not negative")
-    rows, columns = a.sum(-1), b.sum(-1)
-    apart = (rows - columns).abs() > 1e-4 * torch.maximum(rows, columns)
-    if balanced and bool(apart.any()):
-        item = int(apart.nonzero()[0])
-        raise ValueError(
-            f"a and b must have equal sums in a balanced problem, got {rows[item].item():g} and "
-            f"{columns[item].item():g} for item {item}"
-        )
-
-
-def _reference(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: Tensor,
-    f0: Tensor | None,
-    g0: Tensor | None,
-    row_sizes: Tensor | None,
-    column_sizes: Tensor | None,
-    *numbers: Any,
-) -> tuple[Tensor, ...]:
-    options = Options(*numbers)
-    a, b = within(a, row_sizes), within(b, column_sizes)
-    check_values(a, b, epsilon, options.tau_a == options.tau_b == 1.0)
-    results = _fake(cost, a, b)
-    for item in results:
-        item.zero_()
-    wide = cost.to(a.dtype)
-    for i in range(cost.shape[0]):
-        n = cost.shape[1] if row_sizes is None else int(row_sizes[i])
-        m = cost.shape[2] if column_sizes is None else int(column_sizes[i])
-        if n == 0 or m == 0:
-            results[5][i] = True
-            continue
-        starts = (None if f0 is None else f0[i, :n], None if g0 is None else g0[i, :m])
-        found = solve(wide[i, :n, :m], a[i, :n], b[i, :m], epsilon[i].item(), *starts, options)
-        if found.iterations == 1 and found.error != found.error and cost.device.type == "cpu":
-            raise ValueError(
-                f"cost must be finite where both weights are positive, which item {i} is not "
-                "(NaN, -inf, or a row or column without a finite entry)"
-            )
-        results[0][i, :n], results[1][i, :m] = found.f, found.g
-        results[2][i], results[3][i] = found.value, found.iterations
-        results[4][i], results[5][i] = found.error, found.converged
-    return results
-
-
-def _unrolled(
-    cost: Tensor,
-    a: Tensor,
-    b: Tensor,
-    epsilon: Tensor,
-    f0: Tensor | None,
-    g0: Tensor | None,
-    row_sizes: Tensor | None,
-    column_sizes: Tensor | None,
-    numbers: tuple[Any, ...],
-) -> tuple[Tensor, ...]:
-    """Run the plain, differentiable iteration, for functorch and forward-mode differentiation."""
-    options = Options(*numbers)
-    a, b = within(a, row_sizes), within(b, column_sizes)
-    wide = cost.to(a.dtype)
-    items = []
-    for i in range(cost.shape[0]):
-        starts = (None if f0 is None else f0[i], None if g0 is None else g0[i])
-        f, g, found, error = unrolled(wide[i], a[i], b[i], epsilon[i].to(a.dtype), *starts, options)
-        count = torch.full_like(error, options.max_iter, dtype=torch.int64)
-        items.append((f, g, found, count, error.detach(), error <= options.tol))
-    f, g, *rest = (torch.stack(column) for column in zip(*items, strict=True))
-    unit_a, unit_b = (within(torch.ones_like(x), s) for x, s in ((f, row_sizes), (g, column_sizes)))
-    return torch.where(unit_a > 0, f, 0), torch.where(unit_b > 0, g, 0), *rest
 
 
 def _fake(cost: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -506,40 +303,10 @@ def _backward(
             add(0, (unit * (rows[:, :, None] + columns[:, None, :])).to(cost.dtype))
         strength = epsilon.to(a.dtype)[:, None]
         if wants_a:
-            add(1, _ratio(-strength * (unit @ columns[..., None])[..., 0], a))
+            add(1, ratio(-strength * (unit @ columns[..., None])[..., 0], a))
         if wants_b:
-            add(2, _ratio(-strength * (rows[:, None, :] @ unit)[:, 0], b))
+            add(2, ratio(-strength * (rows[:, None, :] @ unit)[:, 0], b))
     return (*found, *(None,) * 16)
-
-
-def _ratio(numerator: Tensor, weight: Tensor) -> Tensor:
-    return torch.where(weight > 0, numerator / torch.where(weight > 0, weight, 1), 0)
-
-
-def by_masses(
-    a: Tensor, b: Tensor, epsilon: Tensor, f: Tensor, g: Tensor, tau_a: float, tau_b: float
-) -> tuple[Tensor, Tensor]:
-    """Return the derivatives of the value in the masses; for a balanced problem f and g, centred.
-
-    A balanced problem fixes them up to a constant: only directions that keep the total mass count.
-    """
-    strength = epsilon.to(a.dtype)[:, None]
-
-    def side(weight: Tensor, other: Tensor, potential: Tensor, tau: float) -> Tensor:
-        if tau_a == tau_b == 1.0:
-            total = weight.sum(-1, keepdim=True)
-            centre = (weight * potential).sum(-1, keepdim=True) / total
-            return torch.where(weight > 0, potential - centre, 0)
-        rate = other.sum(-1, keepdim=True)
-        if tau == 1.0:
-            moved = potential + strength * (rate - 1)
-        else:
-            rho = tau * strength / (1 - tau)
-            share = torch.exp(-potential / rho)  # the plan's row sum over a
-            moved = rho * (1 - share) + strength * (rate - share)
-        return torch.where(weight > 0, moved, 0)
-
-    return side(a, b, f, tau_a), side(b, a, g, tau_b)
 
 
 # --- The plan -------------------------------------------------------------------------------------
@@ -583,8 +350,8 @@ def _plan_backward(backend: str | None, ctx: Any, grad: Tensor) -> tuple[Tensor 
     rows, columns = moved.sum(-1), moved.sum(-2)
     return (
         (-moved / strength[:, :, None]).to(cost.dtype),
-        _ratio(rows, a),
-        _ratio(columns, b),
+        ratio(rows, a),
+        ratio(columns, b),
         None,
         rows / strength,
         columns / strength,
@@ -607,7 +374,7 @@ SINKHORN = Operator(
     f"({_MASSES}, Tensor? f0, Tensor? g0, Tensor? row_sizes, Tensor? column_sizes, "
     f"{OPTIONS_SCHEMA}) -> {RESULT_SCHEMA}",
     fake=_fake,
-    reference=_reference,
+    reference=functools.partial(solve_reference, "cost"),
     setup_context=_context,
     backward=_backward,
 )
