@@ -121,7 +121,7 @@ class Euclidean(CostFn):
     .. math:: c(x, y) = \|x - y\|_2
 
     Up to 32 features distances are summed from differences and exact for points that coincide;
-    beyond, they come from a matrix product, with an error of about 3e-4 |x| in float32 near 0.
+    beyond, they come from a matrix product, with an error near 0 of about 3e-4 of the points' norm in float32.
 
     Example:
         >>> Euclidean().pairwise(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))
