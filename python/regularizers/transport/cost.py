@@ -121,7 +121,8 @@ class Euclidean(CostFn):
     .. math:: c(x, y) = \|x - y\|_2
 
     Up to 32 features distances are summed from differences and exact for points that coincide;
-    beyond, they come from a matrix product, with an error near 0 of about 3e-4 of the points' norm in float32.
+    beyond, they come from a matrix product, with an error near 0 of about 3e-4 of the points' norm
+    in float32.
 
     Example:
         >>> Euclidean().pairwise(torch.zeros(1, 2), torch.tensor([[3.0, 4.0]]))

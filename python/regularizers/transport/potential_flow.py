@@ -445,7 +445,7 @@ def _residual(
     probes = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)[:, None]
     if signs is not None:
         probes = signs.flatten(1, -2)
-    # All products with the Hessian at once: 10 to 20 times faster than one after the other.
+    # All products with the Hessian at once: 3 to 20 times as fast as one after the other.
     terms: Tensor = torch.func.vmap(lambda v: (v * _jvp(gradient, z, v.expand_as(z))[1]).sum(-1))(
         probes
     )
