@@ -399,7 +399,7 @@ def unrolled_batch(
     g0: Tensor | None,
     row_sizes: Tensor | None,
     column_sizes: Tensor | None,
-    numbers: tuple[Any, ...],
+    *numbers: Any,
 ) -> tuple[Tensor, ...]:
     """Run the plain, differentiable iteration, for functorch and forward-mode differentiation."""
     options = Options(*numbers)

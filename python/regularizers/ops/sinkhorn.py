@@ -161,7 +161,7 @@ def sinkhorn(
     )
     matrix, row_mass, column_mass, strength, sizes = arguments
     call = (matrix, row_mass, column_mass, strength, *start, *sizes)
-    found = unrolled_batch(*call, options) if transformed() else SINKHORN(*call, *options)
+    found = (unrolled_batch if transformed() else SINKHORN)(*call, *options)
     return SinkhornOutput(*(item.reshape(batch + item.shape[1:]) for item in found))
 
 

@@ -134,7 +134,7 @@ def sinkhorn_points(
     )
     weights = (row_mass, column_mass, strength, *start, *sizes)
     if transformed():
-        found = unrolled_batch(point_costs(rows, columns, kind, scale), *weights, options)
+        found = unrolled_batch(point_costs(rows, columns, kind, scale), *weights, *options)
     else:
         found = SINKHORN_POINTS(rows, columns, *weights, kind, float(scale), *options)
     return SinkhornOutput(*(item.reshape(batch + item.shape[1:]) for item in found))
@@ -180,7 +180,7 @@ def _backward(
     x, y, a, b, epsilon, f, g, *sizes = ctx.saved_tensors
     cost, scale, tau_a, tau_b = ctx.options
     wants_x, wants_y, wants_a, wants_b, *_rest = ctx.needs_input_grad
-    plan = Plan(backend, x, y, a, b, epsilon, f, g, sizes, cost, scale)
+    plan = Plan(backend, (x, y, a, b, epsilon, f, g), sizes, cost, scale)
     # The derivative in C_ij is P_ij (p_i + q_j), by the envelope theorem and the linear system.
     p, q = torch.zeros_like(f), torch.zeros_like(g)
     by_a, by_b = None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -211,33 +212,28 @@ class Plan:
     def __init__(
         self,
         backend: str | None,
-        x: Tensor,
-        y: Tensor,
-        a: Tensor,
-        b: Tensor,
-        epsilon: Tensor,
-        f: Tensor,
-        g: Tensor,
-        sizes: Any,
+        sides: Sequence[Tensor],  # x, y, a, b, epsilon, f, g
+        sizes: Sequence[Tensor | None],
         cost: int,
         scale: float,
     ) -> None:
-        self._sides = (x, y, a, b, epsilon, f, g)
-        self._rest = (*sizes, cost, scale)
+        self._sides = sides
+        self._sizes = sizes
         self._backend = backend
         self._cost, self._scale = cost, scale
 
     def transposed(self) -> Plan:
         """Return the plan from y to x."""
         x, y, a, b, epsilon, f, g = self._sides
-        row_sizes, column_sizes, cost, scale = self._rest
-        return Plan(
-            self._backend, y, x, b, a, epsilon, g, f, (column_sizes, row_sizes), cost, scale
-        )
+        row_sizes, column_sizes = self._sizes
+        sides, sizes = (y, x, b, a, epsilon, g, f), (column_sizes, row_sizes)
+        return Plan(self._backend, sides, sizes, self._cost, self._scale)
 
     def times(self, v: Tensor, *, over_distance: bool = False) -> tuple[Tensor, Tensor]:
         """Return P v ``[B, n, k]`` and P 1 ``[B, n]``."""
-        product, sums = APPLY.kernel(self._backend)(*self._sides, v, *self._rest, over_distance)
+        product, sums = APPLY.kernel(self._backend)(
+            *self._sides, v, *self._sizes, self._cost, self._scale, over_distance
+        )
         return product, sums
 
     def gradient(self, p: Tensor | None, q: Tensor | None) -> Tensor:
@@ -296,7 +292,7 @@ def _solve_marginals(
 ) -> tuple[Tensor, Tensor]:
     """Solve the system of :func:`solve_marginals` with products that stream."""
     sides = (x, y, a, b, epsilon, f, g)
-    plan = Plan(backend or None, *sides, (row_sizes, column_sizes), cost, scale)
+    plan = Plan(backend or None, sides, (row_sizes, column_sizes), cost, scale)
     transposed = plan.transposed()
     return solve_marginals(
         lambda columns: plan.times(columns[..., None])[0][..., 0],
@@ -340,7 +336,7 @@ def _marginals_backward(
                 else x
                 for k, x in enumerate(sides)
             ]
-            plan = Plan(which or None, *leaves, sizes, cost, scale)
+            plan = Plan(which or None, leaves, sizes, cost, scale)
             vectors = torch.stack([columns, t, t * columns / tau_b], -1)
             product, sums = plan.times(vectors)
             form = (
