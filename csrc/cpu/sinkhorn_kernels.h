@@ -158,8 +158,9 @@ static inline void log_stripe(const SinkhornSweep& sweep, const RowUpdate<Accumu
                                    static_cast<const A*>(sweep.shift), sweep.columns, scale, to,
                                    &top);
     alpha[i] = -top;
-    if (top == -kInfinity<A>) {  // every entry is forbidden: no mass can leave this row
+    if (top == -kInfinity<A>) {  // every entry is forbidden or NaN: mass cannot leave this row
       log_u[i] = 0;
+      residual[0] = std::numeric_limits<double>::quiet_NaN();
       continue;
     }
     const A log_u_old =
@@ -216,9 +217,9 @@ static inline void kernel_stripe(const SinkhornSweep& sweep, const RowUpdate<A>&
   A weight[ROWS];
   for (int r = 0; r < ROWS; ++r) {
     const int64_t i = row + r;
-    const bool counts = update.a[i] > 0 && update.alpha[i] < kInfinity<A>;
-    weight[r] = counts ? update(sum_lanes<A>(sum[r][0] + sum[r][1]), i, update.log_u[i], residual)
-                       : A{0};
+    weight[r] = update.a[i] > 0
+                    ? update(sum_lanes<A>(sum[r][0] + sum[r][1]), i, update.log_u[i], residual)
+                    : A{0};
   }
   if (partial != nullptr) {
     accumulate_columns<A, ROWS>(kernel, weight, partial, sweep.padded_columns);

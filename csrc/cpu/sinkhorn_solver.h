@@ -26,7 +26,7 @@ struct SinkhornOptions {
 struct SinkhornResult {
   double value = 0.0, error = std::numeric_limits<double>::infinity();
   int64_t iterations = 0;
-  bool converged = false, invalid = false;  // invalid: NaN met in the first iteration
+  bool converged = false, invalid = false;  // invalid: costs that are not numbers
 };
 
 // Over-relaxation f <- f + omega (F - f), g likewise. Near the solution alternating updates
@@ -252,8 +252,12 @@ class SinkhornDriver {
       g_.assign(g_start, g_start + columns_);
     } else {
       problem_.exact_columns(epsilon_, f_.data(), g_.data());
-      for (double& g : g_) {
-        g *= options_.tau_b;
+      for (int64_t j = 0; j < columns_; ++j) {
+        if (b_[j] > 0 && !std::isfinite(g_[j])) {
+          result.invalid = true;
+          return result;
+        }
+        g_[j] *= options_.tau_b;
       }
     }
     bool verify = true;  // the first iteration has no f to relax from

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regularizers.ops._operator import Operator
+from regularizers.ops._operator import Operator, full_precision
 
 MAX_ITERATIONS = 1000
 
@@ -113,16 +113,17 @@ def solve_marginals(
 def _reference(
     plan: Tensor, row_right: Tensor, column_right: Tensor, tau_a: float, tau_b: float
 ) -> tuple[Tensor, Tensor]:
-    return solve_marginals(
-        lambda mu: (plan @ mu[..., None])[..., 0],
-        lambda rows: (rows[:, None] @ plan)[:, 0],
-        plan.sum(-1),
-        plan.sum(-2),
-        row_right,
-        column_right,
-        tau_a,
-        tau_b,
-    )
+    with full_precision(plan.device):
+        return solve_marginals(
+            lambda mu: (plan @ mu[..., None])[..., 0],
+            lambda rows: (rows[:, None] @ plan)[:, 0],
+            plan.sum(-1),
+            plan.sum(-2),
+            row_right,
+            column_right,
+            tau_a,
+            tau_b,
+        )
 
 
 def _fake(plan: Tensor, row_right: Tensor, column_right: Tensor, *_: float) -> tuple[Tensor, ...]:

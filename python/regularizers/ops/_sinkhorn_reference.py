@@ -325,6 +325,15 @@ def within(weight: Tensor, sizes: Tensor | None) -> Tensor:
     return torch.where(inside, weight, 0)
 
 
+def check_sizes(name: str, sizes: Tensor | None, largest: int) -> None:
+    """Check sizes where that costs no synchronisation."""
+    if sizes is None or sizes.device.type != "cpu":
+        return
+    for item, size in enumerate(sizes.tolist()):
+        if not 0 <= size <= largest:
+            raise ValueError(f"{name} must lie in [0, {largest}], got {size} for item {item}")
+
+
 def check_values(a: Tensor, b: Tensor, epsilon: Tensor, balanced: bool) -> None:
     """Check values where that costs no synchronisation."""
     if a.device.type != "cpu":
@@ -337,7 +346,7 @@ def check_values(a: Tensor, b: Tensor, epsilon: Tensor, balanced: bool) -> None:
             raise ValueError(f"{name} must be finite and not negative")
     rows, columns = a.sum(-1), b.sum(-1)
     apart = (rows - columns).abs() > 1e-4 * torch.maximum(rows, columns)
-    if balanced and bool(apart.any()):
+    if balanced and a.numel() and b.numel() and bool(apart.any()):
         item = int(apart.nonzero()[0])
         raise ValueError(
             f"a and b must have equal sums in a balanced problem, got {rows[item].item():g} and "
@@ -359,6 +368,8 @@ def solve_reference(
 ) -> tuple[Tensor, ...]:
     """Solve a batch, ``cost [B, n, m]``; ``name`` says in errors what the costs come from."""
     options = Options(*numbers)
+    check_sizes("row_sizes", row_sizes, a.shape[1])
+    check_sizes("column_sizes", column_sizes, b.shape[1])
     a, b = within(a, row_sizes), within(b, column_sizes)
     check_values(a, b, epsilon, options.tau_a == options.tau_b == 1.0)
     count, n, m = cost.shape

@@ -303,9 +303,9 @@ def _backward(
             add(0, (unit * (rows[:, :, None] + columns[:, None, :])).to(cost.dtype))
         strength = epsilon.to(a.dtype)[:, None]
         if wants_a:
-            add(1, ratio(-strength * (unit @ columns[..., None])[..., 0], a))
+            add(1, ratio(-strength * (unit * columns[:, None, :]).sum(-1), a))
         if wants_b:
-            add(2, ratio(-strength * (rows[:, None, :] @ unit)[:, 0], b))
+            add(2, ratio(-strength * (unit * rows[:, :, None]).sum(-2), b))
     return (*found, *(None,) * 16)
 
 

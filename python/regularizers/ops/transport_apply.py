@@ -10,7 +10,7 @@ from torch import Tensor
 
 from regularizers._shared.checks import check_floating, check_same_device
 from regularizers.ops._marginal_solve import solve_marginals
-from regularizers.ops._operator import Operator, accumulate_dtype, transformed
+from regularizers.ops._operator import Operator, accumulate_dtype, full_precision, transformed
 from regularizers.ops._sinkhorn_arguments import (
     PointCost,
     point_arguments,
@@ -102,7 +102,8 @@ def point_costs(x: Tensor, y: Tensor, cost: int, scale: float) -> Tensor:
     """Compute all costs ``[B, n, m]`` in plain PyTorch, in the accumulation type."""
     x, y = (side.to(accumulate_dtype(side.dtype)) for side in (x, y))
     if cost == _COSINE:
-        return scale * (1 - _unit(x) @ _unit(y).mT)
+        with full_precision(x.device):
+            return scale * (1 - _unit(x) @ _unit(y).mT)
     square = (x[:, :, None] - y[:, None]).square().sum(-1)
     if cost == _SQUARED:
         return scale * square
@@ -137,7 +138,8 @@ def _apply(
     plan = mass * torch.exp(torch.where(mass > 0, exponent, 0))
     if over_distance:
         plan = ratio(plan, costs / scale)
-    return plan @ v, plan.sum(-1)
+    with full_precision(x.device):
+        return plan @ v, plan.sum(-1)
 
 
 def _apply_fake(
@@ -238,9 +240,11 @@ class Plan:
 
     def gradient(self, p: Tensor | None, q: Tensor | None) -> Tensor:
         r"""Return :math:`\sum_j P_{ij} (p_i + q_j) \nabla_1 c(x_i, y_j)`; None stands for 0."""
-        x, y = self._sides[:2]
-        dtype = self._sides[2].dtype
-        x_wide, y_wide = x.to(dtype), y.to(dtype)
+        x, y, a, b = self._sides[:4]
+        x_wide, y_wide = (
+            torch.where(mass[..., None] > 0, points.to(mass.dtype), 0)  # others may be anything
+            for points, mass in ((x, a), (y, b))
+        )
         if self._cost == _COSINE:
             points = _unit(y_wide)
         else:  # differences do not depend on the origin, rounding does
