@@ -420,14 +420,26 @@ static inline Vector<double> square_root(Vector<double> x) {
 #endif
 }
 
-// Sum and maximum of the lanes, in a fixed order.
+// Sum and maximum of the lanes, by halves.
 template <typename A>
 static inline A sum_lanes(Vector<A> value) {
-  A total = value[0];
-  for (int j = 1; j < kLanes<A>; ++j) {
-    total += value[j];
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    return _mm512_reduce_add_ps((__m512)value);
+  } else {
+    return _mm512_reduce_add_pd((__m512d)value);
   }
-  return total;
+#else
+  A lanes[kLanes<A>];
+  store(lanes, value);
+  for (int half = kLanes<A> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int j = 0; j < half; ++j) {
+      lanes[j] += lanes[j + half];
+    }
+  }
+  return lanes[0];
+#endif
 }
 
 template <typename A>

@@ -41,7 +41,8 @@ struct RowUpdate {
   const A* alpha;
   A* log_u;
   A* log_sum;
-  A epsilon, tau, omega, anchor_scale, target_scale;
+  double epsilon;
+  A tau, omega, anchor_scale, target_scale;
   bool exact;
 
   explicit RowUpdate(const SinkhornSweep& sweep)
@@ -49,32 +50,57 @@ struct RowUpdate {
         alpha(static_cast<const A*>(sweep.alpha)),
         log_u(static_cast<A*>(sweep.log_u)),
         log_sum(static_cast<A*>(sweep.log_sum)),
-        epsilon(static_cast<A>(sweep.epsilon)),
+        epsilon(sweep.epsilon),
         tau(static_cast<A>(sweep.tau)),
         omega(static_cast<A>(sweep.omega)),
         anchor_scale(static_cast<A>((1.0 - sweep.tau) / sweep.epsilon)),
         target_scale(static_cast<A>((1.0 - sweep.tau) / (sweep.tau * sweep.epsilon))),
         exact(sweep.tau == 1.0 && sweep.omega == 1.0) {}
 
-  // Moves log u of row i and returns a_i u_i; adds |row sum of the plan - its target| to the
-  // residual, which is 0 after an exact balanced update.
-  A operator()(A sum, int64_t i, A log_u_old, double* residual) const {
-    const A log_r = logarithm(sum);
+  // Moves log u of ROWS rows from `row` on, given their sums, and sets their weights a_i u_i; rows
+  // without mass get 0. Adds |row sum of the plan - its target| to the residual, which is 0 after an
+  // exact balanced update. `from_f` takes the old log u from potentials.
+  template <int ROWS>
+  inline __attribute__((always_inline)) void stripe(const A* sums, int64_t row,
+                                                    const double* from_f, A* weight,
+                                                    double* residual) const {
+    A log_r[ROWS];
+#pragma omp simd
+    for (int r = 0; r < ROWS; ++r) {
+      log_r[r] = logarithm(sums[r]);
+      weight[r] = a[row + r] / sums[r];
+    }
     if (log_sum != nullptr) {
-      log_sum[i] = log_r;
+      for (int r = 0; r < ROWS; ++r) {
+        log_sum[row + r] = log_r[r];
+      }
     }
     if (exact) {
-      log_u[i] = -log_r;
-      return a[i] / sum;
+      for (int r = 0; r < ROWS; ++r) {
+        log_u[row + r] = -log_r[r];
+        weight[r] = a[row + r] > 0 ? weight[r] : A{0};
+      }
+      return;
     }
-    const A moved = log_u_old + omega * (-tau * log_r - anchor_scale * alpha[i] - log_u_old);
-    const A u = exponential(moved);
-    const A target = exponential(-target_scale * (alpha[i] + epsilon * moved));
-    const double difference = std::fabs(static_cast<double>(a[i]) * (u * sum - target));
-    log_u[i] = moved;
-    residual[0] += difference;
-    residual[1] = difference > residual[1] ? difference : residual[1];
-    return a[i] * u;
+    A difference[ROWS];
+#pragma omp simd
+    for (int r = 0; r < ROWS; ++r) {
+      const A old = from_f != nullptr
+                        ? static_cast<A>((from_f[row + r] - alpha[row + r]) / epsilon)
+                        : log_u[row + r];
+      const A moved = old + omega * (-tau * log_r[r] - anchor_scale * alpha[row + r] - old);
+      const A u = exponential(moved);
+      const A target = exponential(-target_scale * (alpha[row + r] + static_cast<A>(epsilon) * moved));
+      const bool counts = a[row + r] > 0;
+      log_u[row + r] = moved;
+      difference[r] = counts ? a[row + r] * (u * sums[r] - target) : A{0};
+      weight[r] = counts ? a[row + r] * u : A{0};
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      const double size = std::fabs(static_cast<double>(difference[r]));
+      residual[0] += size;
+      residual[1] = size > residual[1] ? size : residual[1];
+    }
   }
 };
 
@@ -139,34 +165,28 @@ static inline void log_stripe(const SinkhornSweep& sweep, const RowUpdate<Accumu
   using A = Accumulate<T>;
   const A scale = static_cast<A>(kLog2e / sweep.epsilon);
   A* alpha = static_cast<A*>(sweep.alpha);
-  A* log_u = static_cast<A*>(sweep.log_u);
   const A* kernel[ROWS];
-  A weight[ROWS];
+  A sums[ROWS], weight[ROWS];
   for (int r = 0; r < ROWS; ++r) {
     const int64_t i = row + r;
-    const A a = static_cast<const A*>(sweep.a)[i];
     A* to = sweep.kernel != nullptr ? static_cast<A*>(sweep.kernel) + i * sweep.kernel_stride
                                     : scratch + r * sweep.padded_columns;
     kernel[r] = to;
-    weight[r] = 0;
-    if (!(a > 0)) {  // whatever the row holds, it has no say
+    sums[r] = 1;
+    if (!(update.a[i] > 0)) {  // whatever the row holds, it has no say
       clear(to, sweep.padded_columns);
+      alpha[i] = 0;
       continue;
     }
     A top;
-    const A sum = exponentiate_row(static_cast<const T*>(sweep.cost) + i * sweep.cost_stride,
-                                   static_cast<const A*>(sweep.shift), sweep.columns, scale, to,
-                                   &top);
+    sums[r] = exponentiate_row(static_cast<const T*>(sweep.cost) + i * sweep.cost_stride,
+                               static_cast<const A*>(sweep.shift), sweep.columns, scale, to, &top);
     alpha[i] = -top;
     if (top == -kInfinity<A>) {  // every entry is forbidden or NaN: mass cannot leave this row
-      log_u[i] = 0;
       residual[0] = std::numeric_limits<double>::quiet_NaN();
-      continue;
     }
-    const A log_u_old =
-        update.exact ? A{0} : static_cast<A>((sweep.f_old[i] - alpha[i]) / sweep.epsilon);
-    weight[r] = update(sum, i, log_u_old, residual);
   }
+  update.template stripe<ROWS>(sums, row, sweep.f_old, weight, residual);
   if (partial != nullptr) {
     accumulate_columns<A, ROWS>(kernel, weight, partial, sweep.padded_columns);
   }
@@ -214,13 +234,12 @@ static inline void kernel_stripe(const SinkhornSweep& sweep, const RowUpdate<A>&
       sum[r][0] += load(kernel[r] + j) * load(v + j);
     }
   }
-  A weight[ROWS];
+  A sums[ROWS], weight[ROWS];
+#pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r) {
-    const int64_t i = row + r;
-    weight[r] = update.a[i] > 0
-                    ? update(sum_lanes<A>(sum[r][0] + sum[r][1]), i, update.log_u[i], residual)
-                    : A{0};
+    sums[r] = sum_lanes<A>(sum[r][0] + sum[r][1]);
   }
+  update.template stripe<ROWS>(sums, row, nullptr, weight, residual);
   if (partial != nullptr) {
     accumulate_columns<A, ROWS>(kernel, weight, partial, sweep.padded_columns);
   }

@@ -137,17 +137,13 @@ static inline void points_stripe(const SinkhornSweep& sweep, const SinkhornPoint
   const A* kernel[ROWS];
   A weight[ROWS];
   for (int r = 0; r < ROWS; ++r) {
-    const int64_t i = row + r;
     kernel[r] = scratch + r * sweep.padded_columns;
-    weight[r] = 0;
-    if (!(update.a[i] > 0)) {  // whatever the point is, it has no say
+    if (!(update.a[row + r] > 0)) {  // whatever the point is, it has no say
       clear(scratch + r * sweep.padded_columns, sweep.padded_columns);
-      continue;
+      sums[r] = 1;
     }
-    const A log_u_old =
-        update.exact ? A{0} : static_cast<A>((sweep.f_old[i] - alpha[i]) / sweep.epsilon);
-    weight[r] = update(sums[r], i, log_u_old, residual);
   }
+  update.template stripe<ROWS>(sums, row, sweep.f_old, weight, residual);
   if (partial != nullptr) {
     accumulate_columns<A, ROWS>(kernel, weight, partial, sweep.padded_columns);
   }
