@@ -2,6 +2,7 @@
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
+#include "sketch_kernels.h"
 
 namespace regularizers::REGULARIZERS_ISA {
 
@@ -28,6 +29,7 @@ const Kernels& kernels() {
       {masked_linear_cross_entropy_kernels<float>(), masked_linear_cross_entropy_kernels<double>(),
        masked_linear_cross_entropy_kernels<bfloat16>(),
        masked_linear_cross_entropy_kernels<float16>()},
+      {sketch_kernels<float>(), sketch_kernels<double>()},
   };
   return table;
 }

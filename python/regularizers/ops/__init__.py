@@ -3,6 +3,7 @@
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
+from regularizers.ops.sketch import sliced_characteristic, sliced_epps_pulley, sliced_quantile
 
 __all__ = [
     "dropout_mask",
@@ -10,4 +11,7 @@ __all__ = [
     "multi_sample_dropout_cross_entropy",
     "philox_4x32",
     "philox_words",
+    "sliced_characteristic",
+    "sliced_epps_pulley",
+    "sliced_quantile",
 ]
