@@ -230,3 +230,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type that kernels compute and accumulate in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def loss_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of a loss of ``x``: its own, or the accumulation type under autocast."""
+    return x.dtype if autocast_dtype(x.device) is None else accumulate_dtype(x.dtype)

@@ -367,8 +367,9 @@ def _double_backward(backend: str | None, ctx: Any, *cotangents: Tensor) -> tupl
     num_samples, ignore_index, reduction, gradients = ctx.options
     data = [tensor for tensor in (x, weight, bias) if tensor is not None]
 
-    def loss(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _loss(reduction, x, weight, bias, *rest, num_samples, ignore_index)
+    def loss(*data: Tensor) -> Tensor:
+        call: tuple[Any, ...] = data if len(data) == 3 else (*data, None)
+        return _loss(reduction, *call, *rest, num_samples, ignore_index)
 
     wanted = _if_wanted(cotangents, gradients)[: len(data)]
     by_loss, *by_data = differentiate_backward(loss, grad_loss, data, wanted)

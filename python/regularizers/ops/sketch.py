@@ -18,8 +18,8 @@ from regularizers._shared.checks import (
 from regularizers.ops._operator import (
     Operator,
     accumulate_dtype,
-    autocast_dtype,
     differentiate_backward,
+    loss_dtype,
     transformed,
 )
 
@@ -74,7 +74,7 @@ def sliced_epps_pulley(
     else:
         wants_gradient = torch.is_grad_enabled() and z.requires_grad
         loss = EPPS_PULLEY(z, slices, spacing, num_knots - 1, wants_gradient)[0]
-    return loss.to(_loss_dtype(z))
+    return loss.to(loss_dtype(z))
 
 
 def sliced_characteristic(
@@ -161,7 +161,7 @@ def sliced_quantile(z: Tensor, slices: Tensor, quantiles: Tensor) -> Tensor:
     else:
         wants_gradient = torch.is_grad_enabled() and z.requires_grad
         loss = QUANTILE(z, slices, quantiles, wants_gradient)[0]
-    return loss.to(_loss_dtype(z))
+    return loss.to(loss_dtype(z))
 
 
 def _check_sketch(z: Tensor, slices: Tensor) -> Tensor:
@@ -202,43 +202,44 @@ def _spacing(num_knots: int, t_max: float) -> float:
     return t_max / (num_knots - 1)
 
 
-def _loss_dtype(z: Tensor) -> torch.dtype:
-    return z.dtype if autocast_dtype(z.device) is None else accumulate_dtype(z.dtype)
-
-
 def _project(z: Tensor, slices: Tensor) -> Tensor:
     """Return p = z A [V, B, K] in the accumulation type, autocast or not."""
     wide = accumulate_dtype(z.dtype)
-    views = z.to(wide).unflatten(0, (slices.shape[0], -1))
+    views: Tensor = z.to(wide).unflatten(0, (slices.shape[0], -1))  # type: ignore[no-untyped-call]
     with torch.autocast(z.device.type, enabled=False):
-        return (views @ slices.to(wide)[:, None]).flatten(0, 1)
+        p: Tensor = views @ slices.to(wide)[:, None]
+    return p.flatten(0, 1)
 
 
 def _back_project(g: Tensor, slices: Tensor) -> Tensor:
     """Return dz = g A^T [V, B, D]."""
-    views = g.unflatten(0, (slices.shape[0], -1))
-    return (views @ slices.to(g.dtype)[:, None].mT).flatten(0, 1)
+    views: Tensor = g.unflatten(0, (slices.shape[0], -1))  # type: ignore[no-untyped-call]
+    dz: Tensor = views @ slices.to(g.dtype)[:, None].mT
+    return dz.flatten(0, 1)
 
 
 def knots(like: Tensor, spacing: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return t, phi and w phi at the knots 1, ..., ``count``, each [count, 1]."""
-    t = spacing * torch.arange(1, count + 1, dtype=torch.float64, device=like.device)[:, None]
+    t = spacing * torch.arange(1, count + 1, dtype=like.dtype, device=like.device)[:, None]
     phi = torch.exp(-(t**2) / 2)
-    trapezoid = torch.where(torch.arange(count, device=like.device) < count - 1, 2.0, 1.0)[:, None]
-    return t.to(like.dtype), phi.to(like.dtype), (trapezoid * spacing * phi).to(like.dtype)
+    weight = 2 * spacing * phi
+    weight[-1] /= 2  # the trapezoid rule
+    return t, phi, weight
 
 
 def epps_pulley_statistic(sums: Tensor, rows: int | Tensor, spacing: float) -> Tensor:
     """Return the statistic of every view and slice [V, K] from characteristic sums of ``rows``."""
     _, phi, weight = knots(sums, spacing, sums.shape[2])
     c, s = sums / rows
-    return rows * (weight * ((c - phi) ** 2 + s**2)).sum(1)
+    statistic: Tensor = rows * (weight * ((c - phi) ** 2 + s**2)).sum(1)
+    return statistic
 
 
 def _phases(z: Tensor, slices: Tensor, spacing: float, count: int) -> Tensor:
     """Return t p [V, L - 1, K, B]: what the kernels avoid."""
-    t, _, _ = knots(slices.to(accumulate_dtype(z.dtype)), spacing, count)
-    return t[..., None] * _project(z, slices).mT[:, None]
+    p = _project(z, slices)
+    t, _, _ = knots(p, spacing, count)
+    return t[..., None] * p.mT[:, None]
 
 
 def _characteristic(z: Tensor, slices: Tensor, spacing: float, count: int) -> Tensor:
@@ -275,7 +276,8 @@ def epps_pulley_sums_gradient(sums: Tensor, rows: int, spacing: float) -> Tensor
     _, phi, weight = knots(sums, spacing, sums.shape[2])
     scale = 2 / (sums.shape[1] * sums.shape[3])
     c, s = sums / rows
-    return scale * weight * torch.stack([c - phi, s])
+    gradient: Tensor = scale * weight * torch.stack([c - phi, s])
+    return gradient
 
 
 def _epps_pulley_reference(
