@@ -368,8 +368,8 @@ def _double_backward(backend: str | None, ctx: Any, *cotangents: Tensor) -> tupl
     data = [tensor for tensor in (x, weight, bias) if tensor is not None]
 
     def loss(*data: Tensor) -> Tensor:
-        call: tuple[Any, ...] = data if len(data) == 3 else (*data, None)
-        return _loss(reduction, *call, *rest, num_samples, ignore_index)
+        call: list[Any] = [*data, *(None,) * (bias is None), *rest, num_samples, ignore_index]
+        return _loss(reduction, *call)
 
     wanted = _if_wanted(cotangents, gradients)[: len(data)]
     by_loss, *by_data = differentiate_backward(loss, grad_loss, data, wanted)

@@ -205,7 +205,7 @@ def _spacing(num_knots: int, t_max: float) -> float:
 def _project(z: Tensor, slices: Tensor) -> Tensor:
     """Return p = z A [V, B, K] in the accumulation type, autocast or not."""
     wide = accumulate_dtype(z.dtype)
-    views: Tensor = z.to(wide).unflatten(0, (slices.shape[0], -1))  # type: ignore[no-untyped-call]
+    views: Tensor = z.to(wide).unflatten(0, (slices.shape[0], -1))
     with torch.autocast(z.device.type, enabled=False):
         p: Tensor = views @ slices.to(wide)[:, None]
     return p.flatten(0, 1)
@@ -213,7 +213,7 @@ def _project(z: Tensor, slices: Tensor) -> Tensor:
 
 def _back_project(g: Tensor, slices: Tensor) -> Tensor:
     """Return dz = g A^T [V, B, D]."""
-    views: Tensor = g.unflatten(0, (slices.shape[0], -1))  # type: ignore[no-untyped-call]
+    views: Tensor = g.unflatten(0, (slices.shape[0], -1))
     dz: Tensor = views @ slices.to(g.dtype)[:, None].mT
     return dz.flatten(0, 1)
 

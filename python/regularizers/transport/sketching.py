@@ -243,7 +243,7 @@ class CramerVonMises(SlicedStatistic):
         ordered = torch.sort(_projections(z, slices), dim=1).values
         rows = z.shape[1]
         i = torch.arange(1, rows + 1, dtype=ordered.dtype, device=z.device)[:, None]
-        distance = torch.special.ndtr(ordered) - (2 * i - 1) / (2 * rows)
+        distance: Tensor = torch.special.ndtr(ordered) - (2 * i - 1) / (2 * rows)
         return (1 / (12 * rows) + (distance**2).sum(1)).mean().to(dtype)
 
 
