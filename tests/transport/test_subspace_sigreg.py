@@ -75,11 +75,7 @@ def test_loss_is_the_mean_over_subspaces_times_and_slices(num_slices):
     slices = random_slices(4, num_slices, groups=2, seed=1, **DOUBLE)
     found = subspace_sigreg(emb, projections, slices=slices)
     expected = torch.stack(
-        [
-            sigreg(emb[:, t] @ projections[k].T, slices=slices[k])
-            for k in range(2)
-            for t in range(3)
-        ]
+        [sigreg(emb[:, t] @ projections[k].T, slices=slices[k]) for k in range(2) for t in range(3)]
     ).mean()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(loss, emb)[0] for loss in (found, expected)))
