@@ -73,8 +73,8 @@ struct MaskedLinearCrossEntropyKernels {
                         int64_t end);
 };
 
-// One call of a sliced statistic: projections p = z A of every view of z, and what is made of them a
-// slice (column) at a time. View v takes group v / views_per_group of the slices. A is float or
+// One call of a sliced statistic: projections p = z A of every view of z, and what is made of them
+// a slice (column) at a time. View v takes group v / views_per_group of the slices. A is float or
 // double.
 struct Sketch {
   int64_t views_per_group, rows, features, slices;

@@ -237,10 +237,11 @@ static inline double exponential(double x) {
   return x < -708.39641853226408 ? 0.0 : result;
 }
 
-// Sine and cosine by x = n pi / 2 + r, |r| <= pi / 4, and Taylor polynomials in r: truncation errors
-// below 2e-9 (float) and 5e-17 (double). The parts of pi / 2 are so short that their products with n
-// are exact, with or without fused multiplication, for |x| up to 1e4 (float) and 1e6 (double);
-// beyond, digits of the phase are lost one by one as in x itself. The clamp keeps results within
+// Sine and cosine by x = n pi / 2 + r, |r| <= pi / 4, and Taylor polynomials in r: truncation
+// errors below 2e-9 (float) and 5e-17 (double). The parts of pi / 2 are so short that their
+// products with n are exact, with or without fused multiplication, for |x| up to 1e4 (float) and
+// 1e6 (double); beyond, digits of the phase are lost one by one as in x itself. The clamp keeps
+// results within
 // [-1, 1] for any finite x; infinities and NaN give NaN.
 static inline void sine_cosine(float x, float* sine, float* cosine) {
   constexpr float kTwoOverPi = 0.636619772367581343f, kMagic = 12582912.0f, kBound = 0.7855f;
@@ -251,9 +252,9 @@ static inline void sine_cosine(float x, float* sine, float* cosine) {
   float r = ((x - n * kHigh) - n * kMiddle) - n * kLow;
   r = r > kBound ? kBound : (r < -kBound ? -kBound : r);
   const float z = r * r;
-  const float odd = r + r * z *
-                            (-1.0f / 6.0f +
-                             z * (1.0f / 120.0f + z * (-1.0f / 5040.0f + z * (1.0f / 362880.0f))));
+  const float odd =
+      r +
+      r * z * (-1.0f / 6.0f + z * (1.0f / 120.0f + z * (-1.0f / 5040.0f + z * (1.0f / 362880.0f))));
   const float even =
       1.0f +
       z * (-0.5f + z * (1.0f / 24.0f +

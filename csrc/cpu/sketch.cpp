@@ -34,7 +34,7 @@ struct Plan {
   int64_t splits, workers;
 
   explicit Plan(const Inputs& inputs) {
-    constexpr int64_t kSerialWork = 1 << 18;  // below about 10 us, waking a thread costs more
+    constexpr int64_t kSerialWork = 1 << 18;      // below about 10 us, waking a thread costs more
     constexpr int64_t kProductsOfStatistic = 64;  // what it costs beside the matrix products
     const int64_t work = inputs.z.numel() / std::max<int64_t>(1, inputs.z.size(2)) *
                          inputs.slices.size(2) * (inputs.z.size(2) + kProductsOfStatistic);
@@ -106,8 +106,8 @@ Result run(const Inputs& inputs, const Problem& problem, int64_t scratch_element
   const int64_t views = inputs.views(), tasks = views * plan.splits;
   const Tensor scratch = inputs.empty({plan.workers, scratch_elements});
   const int64_t gradients = !wants_gradient ? 0 : plan.splits == 1 ? 1 : plan.workers;
-  const Tensor grad_z = torch::stable::new_zeros(
-      inputs.z, {gradients, views, inputs.z.size(1), inputs.z.size(2)});
+  const Tensor grad_z =
+      torch::stable::new_zeros(inputs.z, {gradients, views, inputs.z.size(1), inputs.z.size(2)});
   std::vector<double> losses(plan.workers, 0.0);
   torch::stable::parallel_for(0, plan.workers, 1, [&](int64_t first, int64_t last) {
     for (int64_t worker = first; worker < last; ++worker) {
@@ -155,8 +155,8 @@ Result run_characteristic(const Inputs& inputs, const Characteristic& problem,
              inputs.kernel().characteristic);
 }
 
-std::tuple<Tensor, Tensor> sliced_epps_pulley(const Tensor& z, const Tensor& slices,
-                                              double spacing, int64_t knots, bool wants_gradient) {
+std::tuple<Tensor, Tensor> sliced_epps_pulley(const Tensor& z, const Tensor& slices, double spacing,
+                                              int64_t knots, bool wants_gradient) {
   const Inputs inputs = read_inputs(z, slices);
   std::vector<double> target(knots), weight(knots);
   for (int64_t l = 0; l < knots; ++l) {
@@ -172,8 +172,7 @@ std::tuple<Tensor, Tensor> sliced_epps_pulley(const Tensor& z, const Tensor& sli
   return {scalar(result.loss, inputs), result.grad_z};
 }
 
-Tensor sliced_characteristic(const Tensor& z, const Tensor& slices, double spacing,
-                             int64_t knots) {
+Tensor sliced_characteristic(const Tensor& z, const Tensor& slices, double spacing, int64_t knots) {
   const Inputs inputs = read_inputs(z, slices);
   const Tensor sums = inputs.empty({2, inputs.views(), knots, slices.size(2)});
   Characteristic problem = describe_characteristic(inputs, spacing, knots);

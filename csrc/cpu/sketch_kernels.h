@@ -3,7 +3,8 @@
 //
 //   Epps-Pulley   c_l = mean_n cos(t_l p_n), s_l = mean_n sin(t_l p_n), t_l = l spacing
 //                 loss = scale sum over slices of rows sum_l w_l [(c_l - phi_l)^2 + s_l^2]
-//                 dloss/dp_n = 2 scale sum_l w_l t_l [s_l cos(t_l p_n) - (c_l - phi_l) sin(t_l p_n)]
+//                 dloss/dp_n = 2 scale sum_l w_l t_l [s_l cos(t_l p_n) - (c_l - phi_l) sin(t_l
+//                 p_n)]
 //   quantiles     loss = scale sum over slices and i of (p_(i) - q_i)^2, p_(i) in ascending order
 //   both          dz = (dloss/dp) A^T
 //
@@ -53,7 +54,8 @@ static inline const A* slice_panel(const Sketch& sketch, int64_t view, int64_t p
          (view / sketch.views_per_group * panels + panel) * sketch.features * kPanelWidth<A>;
 }
 
-// --- Epps-Pulley and characteristic sums ----------------------------------------------------------
+// --- Epps-Pulley and characteristic sums
+// ----------------------------------------------------------
 
 // Rows whose rotations fit the registers together: cosine and sine of an angle and of its multiple.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -135,8 +137,8 @@ static void add_characteristic(int64_t knots, int64_t begin, int64_t end, const 
   });
 }
 
-// g_n = sum_l a_l cos(l angle_n) + b_l sin(l angle_n), coefficients [2][knots][width]: the real part
-// of sum_l (a_l - i b_l) e^{i l angle}, by Horner's rule.
+// g_n = sum_l a_l cos(l angle_n) + b_l sin(l angle_n), coefficients [2][knots][width]: the real
+// part of sum_l (a_l - i b_l) e^{i l angle}, by Horner's rule.
 template <typename A>
 static void characteristic_gradient(int64_t knots, int64_t rows, const A* cosine, const A* sine,
                                     const A* coefficients, A* g, int64_t g_stride) {
@@ -282,7 +284,8 @@ static double characteristic(const Characteristic& problem, int64_t view, int64_
   return loss;
 }
 
-// --- Quantiles ------------------------------------------------------------------------------------
+// --- Quantiles
+// ------------------------------------------------------------------------------------
 
 // A number as an unsigned one of the same order (negative numbers below positive ones, by size; NaN
 // outside), and its place in the column.
@@ -308,8 +311,8 @@ static inline Ranked<A> ranked(A value, int64_t place) {
 }
 
 // Sorts by key, equal keys by place: a counting sort for each byte of the key, lowest first, and
-// insertion for a few items. `spare` is of the same size; the result is what is returned, one of the
-// two.
+// insertion for a few items. `spare` is of the same size; the result is what is returned, one of
+// the two.
 template <typename A>
 static Ranked<A>* sort(Ranked<A>* items, Ranked<A>* spare, int64_t count) {
   constexpr int kBytes = sizeof(A), kValues = 256;
@@ -425,8 +428,7 @@ static double quantile(const Quantile& problem, int64_t view, int64_t begin, int
   const Sketch& sketch = problem.sketch;
   const int64_t stride = column_stride<A>(problem);
   A* p = static_cast<A*>(sketch.scratch);
-  auto* items =
-      reinterpret_cast<Ranked<A>*>(p + sketch.block_panels * kPanelWidth<A> * stride);
+  auto* items = reinterpret_cast<Ranked<A>*>(p + sketch.block_panels * kPanelWidth<A> * stride);
   double sum = 0.0;
   for (int64_t block = begin; block < end; block += sketch.block_panels) {
     const int64_t stop = block + sketch.block_panels < end ? block + sketch.block_panels : end;
@@ -434,8 +436,8 @@ static double quantile(const Quantile& problem, int64_t view, int64_t begin, int
     const int64_t left = sketch.slices - first, most = (stop - block) * kPanelWidth<A>;
     const int64_t count = left < most ? left : most;
     for (int64_t panel = block; panel < stop; ++panel) {
-      transposed_projections<A>(problem, view, panel,
-                                p + (panel - block) * kPanelWidth<A> * stride, stride);
+      transposed_projections<A>(problem, view, panel, p + (panel - block) * kPanelWidth<A> * stride,
+                                stride);
     }
     for (int64_t k = 0; k < count; ++k) {
       sum += match_quantiles<A>(problem, p + k * stride, items);
@@ -461,7 +463,7 @@ static void pack_rows_of(const void* matrix, int64_t rows, int64_t columns, int6
 
 template <typename A>
 static constexpr SketchKernels sketch_kernels() {
-  return {kPanelWidth<A>,     pack_columns_of<A>, pack_rows_of<A>, characteristic_scratch<A>,
+  return {kPanelWidth<A>,      pack_columns_of<A>, pack_rows_of<A>, characteristic_scratch<A>,
           quantile_scratch<A>, characteristic<A>,  quantile<A>};
 }
 

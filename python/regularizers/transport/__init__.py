@@ -8,6 +8,7 @@ from regularizers.transport.sketching import (
     GaussianQuantile,
     Moments,
     SlicedRegularizer,
+    SlicedStatistic,
     random_slices,
 )
 from regularizers.transport.subspace_sigreg import SubspaceSIGReg, subspace_sigreg
@@ -25,6 +26,7 @@ __all__ = [
     "Moments",
     "SIGReg",
     "SlicedRegularizer",
+    "SlicedStatistic",
     "SubspaceSIGReg",
     "VISReg",
     "invariance_loss",

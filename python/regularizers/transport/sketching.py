@@ -94,7 +94,16 @@ def random_slices(
 
 
 class SlicedStatistic(ABC):
-    """A statistic of one-dimensional samples against N(0, 1), taken along slices of a batch."""
+    """A statistic of one-dimensional samples against N(0, 1), taken along slices of a batch.
+
+    Example:
+        >>> class Variance(SlicedStatistic):
+        ...     def __call__(self, z, slices, *, process_group=None):
+        ...         return ((z @ slices).var(1) - 1).square().mean()
+        >>> regularizer = SlicedRegularizer(Variance(), num_slices=16)
+        >>> regularizer(torch.zeros(8, 4))
+        tensor(1.)
+    """
 
     @abstractmethod
     def __call__(
