@@ -46,6 +46,16 @@ struct Tile {
     }
   }
 
+  inline __attribute__((always_inline)) void store_rows(A* to, int64_t stride) const {
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        store(to + m * stride + v * kLanes<A>, sum[m][v]);
+      }
+    }
+  }
+
   inline __attribute__((always_inline)) void accumulate(int64_t depth, const A* a, int64_t a_row,
                                                         int64_t a_step, const A* panel) {
     for (int64_t k = 0; k < depth; ++k) {

@@ -104,7 +104,6 @@ struct Characteristic {
 struct Quantile {
   Sketch sketch;
   double scale;           // 1 / (views x rows x slices)
-  const void* z_by_row;   // panels of rows: [view][panel][features][width]
   const void* quantiles;  // [rows], ascending
 };
 

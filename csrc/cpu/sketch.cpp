@@ -195,19 +195,9 @@ std::tuple<Tensor, Tensor> sliced_quantile(const Tensor& z, const Tensor& slices
   const Inputs inputs = read_inputs(z, slices);
   const SketchKernels& kernel = inputs.kernel();
   const Tensor targets = contiguous(to(quantiles, inputs.z.scalar_type()));
-  const int64_t views = inputs.views(), rows = inputs.z.size(1), features = inputs.z.size(2);
-  const int64_t panels = divide_up(rows, kernel.panel_width);
-  const Tensor by_row = inputs.empty({views, panels, features, kernel.panel_width});
-  torch::stable::parallel_for(0, views * panels, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t view = item / panels, panel = item % panels;
-      kernel.pack_rows(at(inputs.z, view), rows, features, panel, panel + 1, at(by_row, view));
-    }
-  });
   Quantile problem{};
   problem.sketch = describe(inputs);
-  problem.scale = 1.0 / static_cast<double>(views * rows * slices.size(2));
-  problem.z_by_row = data(by_row);
+  problem.scale = 1.0 / static_cast<double>(inputs.views() * inputs.z.size(1) * slices.size(2));
   problem.quantiles = data(targets);
   const Result result =
       run(inputs, problem, kernel.quantile_scratch(problem), wants_gradient, kernel.quantile);

@@ -15,14 +15,14 @@
 
 #include "gemm.h"
 #include "kernels.h"
+#include "sort.h"
 
 namespace regularizers::REGULARIZERS_ISA {
 
-// dz += g A^T for the slices [first, first + count) of one view; g_nk lies at
-// g[n * row_stride + k * slice_stride].
+// dz += g A^T for the slices [first, first + count) of one view; g_nk lies at g[n * stride + k].
 template <typename A>
 static void sketch_gradient(const Sketch& sketch, int64_t view, int64_t first, int64_t count,
-                            const A* g, int64_t row_stride, int64_t slice_stride) {
+                            const A* g, int64_t stride) {
   const int64_t group = view / sketch.views_per_group;
   const int64_t panels = (sketch.features + kPanelWidth<A> - 1) / kPanelWidth<A>;
   A* out = static_cast<A*>(sketch.grad_z) + view * sketch.rows * sketch.features;
@@ -36,7 +36,7 @@ static void sketch_gradient(const Sketch& sketch, int64_t view, int64_t first, i
         constexpr int kRows = decltype(height)::value;
         Tile<A, kRows, kVectors> tile;
         tile.clear();
-        tile.accumulate(count, g + n * row_stride, row_stride, slice_stride, packed);
+        tile.accumulate(count, g + n * stride, stride, 1, packed);
         for (int m = 0; m < kRows; ++m) {
           add_to_row<A, kVectors>(out + (n + m) * sketch.features + panel * kPanelWidth<A>,
                                   tile.sum[m], filled);
@@ -54,8 +54,23 @@ static inline const A* slice_panel(const Sketch& sketch, int64_t view, int64_t p
          (view / sketch.views_per_group * panels + panel) * sketch.features * kPanelWidth<A>;
 }
 
-// --- Epps-Pulley and characteristic sums
-// ----------------------------------------------------------
+// Calls use(first row, rows, tile) with tiles of p = z A that cover rows [begin, end) of one panel
+// of slices.
+template <typename A, typename Use>
+static void projections(const Sketch& sketch, int64_t view, int64_t panel, int64_t begin,
+                        int64_t end, const Use& use) {
+  const A* z = static_cast<const A*>(sketch.z) + view * sketch.rows * sketch.features;
+  const A* packed = slice_panel<A>(sketch, view, panel);
+  for_row_tiles(begin, end, [&](auto height, int64_t n) {
+    constexpr int kRows = decltype(height)::value;
+    Tile<A, kRows, kPanelVectors> tile;
+    tile.clear();
+    tile.accumulate(sketch.features, z + n * sketch.features, sketch.features, 1, packed);
+    use(n, kRows, tile);
+  });
+}
+
+// Epps-Pulley and characteristic sums.
 
 // Rows whose rotations fit the registers together: cosine and sine of an angle and of its multiple.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -71,28 +86,15 @@ constexpr int64_t kSumRows = 256;
 template <typename A>
 static void angles(const Characteristic& problem, int64_t view, int64_t panel, int64_t begin,
                    int64_t end, A* cosine, A* sine) {
-  const Sketch& sketch = problem.sketch;
   const A spacing = static_cast<A>(problem.spacing);
-  const A* z = static_cast<const A*>(sketch.z) + view * sketch.rows * sketch.features;
-  const A* packed = slice_panel<A>(sketch, view, panel);
-  for_row_tiles(begin, end, [&](auto height, int64_t n) {
-    constexpr int kRows = decltype(height)::value;
-    Tile<A, kRows, kPanelVectors> tile;
-    tile.clear();
-    tile.accumulate(sketch.features, z + n * sketch.features, sketch.features, 1, packed);
+  projections<A>(problem.sketch, view, panel, begin, end, [&](int64_t n, int64_t rows, auto& tile) {
     A* to_cosine = cosine + n * kPanelWidth<A>;
     A* to_sine = sine + n * kPanelWidth<A>;
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kPanelVectors; ++v) {
-        store(to_sine + m * kPanelWidth<A> + v * kLanes<A>, tile.sum[m][v] * spacing);
-      }
-    }
+    tile.store_rows(to_sine, kPanelWidth<A>);
 #pragma omp simd
-    for (int64_t j = 0; j < kRows * kPanelWidth<A>; ++j) {
+    for (int64_t j = 0; j < rows * kPanelWidth<A>; ++j) {
       A s, c;
-      sine_cosine(to_sine[j], &s, &c);
+      sine_cosine(spacing * to_sine[j], &s, &c);
       to_sine[j] = s;
       to_cosine[j] = c;
     }
@@ -278,147 +280,96 @@ static double characteristic(const Characteristic& problem, int64_t view, int64_
     if (sketch.grad_z != nullptr) {
       const int64_t first = block * kPanelWidth<A>;
       const int64_t left = sketch.slices - first, most = (stop - block) * kPanelWidth<A>;
-      sketch_gradient<A>(sketch, view, first, left < most ? left : most, gradient, stride, 1);
+      sketch_gradient<A>(sketch, view, first, left < most ? left : most, gradient, stride);
     }
   }
   return loss;
 }
 
-// --- Quantiles
-// ------------------------------------------------------------------------------------
+// Quantiles.
 
-// A number as an unsigned one of the same order (negative numbers below positive ones, by size; NaN
-// outside), and its place in the column.
-template <typename A>
-struct Ranked;
-template <>
-struct Ranked<float> {
-  uint32_t key, place;
-};
-template <>
-struct Ranked<double> {
-  uint64_t key, place;
-};
-
-template <typename A>
-static inline Ranked<A> ranked(A value, int64_t place) {
-  Ranked<A> item;
-  std::memcpy(&item.key, &value, sizeof(A));
-  const auto sign = static_cast<decltype(item.key)>(1) << (8 * sizeof(A) - 1);
-  item.key ^= item.key & sign ? ~static_cast<decltype(sign)>(0) : sign;
-  item.place = static_cast<decltype(item.place)>(place);
-  return item;
+// kSortLanes columns of p, `stride` apart from row to row: adds the squares of (p_(i) - q_i) to
+// `squares`, a lane each; p becomes its gradient, factor (p_(i) - q_i) at the place of p_(i).
+static void match_by_network(int64_t rows, const float* quantiles, float factor, float* p,
+                             int64_t stride, int64_t* items, double* squares) {
+  const int64_t padded = network_rows(rows);
+  for (int64_t n = 0; n < rows; ++n) {
+#pragma omp simd
+    for (int j = 0; j < kSortLanes; ++j) {
+      const uint64_t key = static_cast<uint64_t>(ordered(p[n * stride + j]));
+      items[n * kSortLanes + j] = static_cast<int64_t>(key << 32 | static_cast<uint64_t>(n));
+    }
+  }
+  for (int64_t e = rows * kSortLanes; e < padded * kSortLanes; ++e) {
+    items[e] = INT64_MAX;
+  }
+  sort_network(items, padded);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int j = 0; j < kSortLanes; ++j) {
+      const int64_t item = items[i * kSortLanes + j];
+      const float residual = number(static_cast<int32_t>(item >> 32)) - quantiles[i];
+      squares[j] += static_cast<double>(residual) * static_cast<double>(residual);
+      p[(item & 0xFFFFFFFF) * stride + j] = factor * residual;
+    }
+  }
 }
 
-// Sorts by key, equal keys by place: a counting sort for each byte of the key, lowest first, and
-// insertion for a few items. `spare` is of the same size; the result is what is returned, one of
-// the two.
+// As match_by_network, one column.
 template <typename A>
-static Ranked<A>* sort(Ranked<A>* items, Ranked<A>* spare, int64_t count) {
-  constexpr int kBytes = sizeof(A), kValues = 256;
-  constexpr int64_t kInsertion = 48;
-  if (count <= kInsertion) {
-    for (int64_t i = 1; i < count; ++i) {
-      const Ranked<A> item = items[i];
-      int64_t j = i;
-      for (; j > 0 && items[j - 1].key > item.key; --j) {
-        items[j] = items[j - 1];
-      }
-      items[j] = item;
-    }
-    return items;
+static double match_by_bytes(int64_t rows, const A* quantiles, A factor, A* p, int64_t stride,
+                             Ranked<A>* items) {
+  for (int64_t n = 0; n < rows; ++n) {
+    items[n].key = ordered(p[n * stride]);
+    items[n].place = static_cast<decltype(items[n].place)>(n);
   }
-  int64_t starts[kBytes][kValues] = {};
-  for (int64_t i = 0; i < count; ++i) {
-    for (int byte = 0; byte < kBytes; ++byte) {
-      ++starts[byte][items[i].key >> (8 * byte) & 0xFF];
-    }
+  const Ranked<A>* sorted = sort_by_bytes<A>(items, items + rows, rows);
+  double squares = 0.0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const A residual = number(sorted[i].key) - quantiles[i];
+    squares += static_cast<double>(residual) * static_cast<double>(residual);
+    p[sorted[i].place * stride] = factor * residual;
   }
-  for (int byte = 0; byte < kBytes; ++byte) {
-    int64_t* start = starts[byte];
-    if (start[items[0].key >> (8 * byte) & 0xFF] == count) {
-      continue;  // one value in all keys
-    }
-    int64_t total = 0;
-    for (int value = 0; value < kValues; ++value) {
-      const int64_t here = start[value];
-      start[value] = total;
-      total += here;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      spare[start[items[i].key >> (8 * byte) & 0xFF]++] = items[i];
-    }
-    Ranked<A>* const sorted = spare;
-    spare = items;
-    items = sorted;
-  }
-  return items;
+  return squares;
 }
 
-// Rows of p^T and items of the sort, in scratch. The stride is not a whole number of pages, which
-// would put a column into one cache set.
 template <typename A>
-static inline int64_t column_stride(const Quantile& problem) {
-  const int64_t padded =
-      (problem.sketch.rows + kPanelWidth<A> - 1) / kPanelWidth<A> * kPanelWidth<A>;
-  return padded % 512 == 0 ? padded + kPanelWidth<A> : padded;
+static constexpr bool takes_network(int64_t rows) {
+  return sizeof(A) == sizeof(float) && rows <= kMostRowsOfNetwork;
 }
 
 template <typename A>
 static int64_t quantile_scratch(const Quantile& problem) {
-  constexpr int64_t kItems = 2 * sizeof(Ranked<A>) / sizeof(A);  // two arrays of them
-  return problem.sketch.block_panels * kPanelWidth<A> * column_stride<A>(problem) +
-         kItems * problem.sketch.rows;
+  const int64_t rows = problem.sketch.rows;
+  const int64_t items = takes_network<A>(rows) ? network_rows(rows) * kSortLanes * sizeof(int64_t)
+                                               : 2 * rows * static_cast<int64_t>(sizeof(Ranked<A>));
+  return problem.sketch.block_panels * kPanelWidth<A> * rows +
+         items / static_cast<int64_t>(sizeof(A));
 }
 
-// p^T of one panel of slices: [width][stride].
+// A panel of p, [row][stride], becomes its gradient; returns the sum of squares of `count` columns.
 template <typename A>
-static void transposed_projections(const Quantile& problem, int64_t view, int64_t panel, A* p,
-                                   int64_t stride) {
-  const Sketch& sketch = problem.sketch;
-  const A* slices = slice_panel<A>(sketch, view, panel);
-  const int64_t row_panels = (sketch.rows + kPanelWidth<A> - 1) / kPanelWidth<A>;
-  const A* z = static_cast<const A*>(problem.z_by_row) +
-               view * row_panels * sketch.features * kPanelWidth<A>;
-  const int64_t count = panel_columns<A>(panel, sketch.slices);
-  for (int64_t n = 0; n < row_panels; ++n, z += sketch.features * kPanelWidth<A>) {
-    for_row_tiles(0, count, [&](auto height, int64_t k) {
-      constexpr int kRows = decltype(height)::value;
-      Tile<A, kRows, kPanelVectors> tile;
-      tile.clear();
-      tile.accumulate(sketch.features, slices + k, 1, kPanelWidth<A>, z);
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kPanelVectors; ++v) {
-          store(p + (k + m) * stride + n * kPanelWidth<A> + v * kLanes<A>, tile.sum[m][v]);
-        }
-      }
-    });
-  }
-}
-
-// One column: returns the sum of (p_(i) - q_i)^2; p becomes its gradient, 2 scale (p_(i) - q_i) at
-// the place of p_(i).
-template <typename A>
-static double match_quantiles(const Quantile& problem, A* p, Ranked<A>* items) {
+static double match_quantiles(const Quantile& problem, int64_t count, A* p, int64_t stride,
+                              void* items) {
   const int64_t rows = problem.sketch.rows;
   const A* quantiles = static_cast<const A*>(problem.quantiles);
   const A factor = static_cast<A>(2.0 * problem.scale);
-  for (int64_t n = 0; n < rows; ++n) {
-    items[n] = ranked<A>(p[n], n);
-  }
-  const Ranked<A>* sorted = sort<A>(items, items + rows, rows);
   double sum = 0.0;
-  for (int64_t i = 0; i < rows; ++i) {
-    auto key = sorted[i].key;
-    const auto sign = static_cast<decltype(key)>(1) << (8 * sizeof(A) - 1);
-    key ^= key & sign ? sign : ~static_cast<decltype(key)>(0);
-    A residual;
-    std::memcpy(&residual, &key, sizeof(A));
-    residual -= quantiles[i];
-    sum += static_cast<double>(residual) * static_cast<double>(residual);
-    p[sorted[i].place] = factor * residual;
+  if constexpr (sizeof(A) == sizeof(float)) {
+    if (takes_network<A>(rows)) {
+      for (int64_t first = 0; first < count; first += kSortLanes) {
+        double squares[kSortLanes] = {};
+        match_by_network(rows, quantiles, factor, p + first, stride, static_cast<int64_t*>(items),
+                         squares);
+        for (int64_t j = 0; j < kSortLanes && first + j < count; ++j) {
+          sum += squares[j];
+        }
+      }
+      return sum;
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    sum +=
+        match_by_bytes<A>(rows, quantiles, factor, p + k, stride, static_cast<Ranked<A>*>(items));
   }
   return sum;
 }
@@ -426,24 +377,24 @@ static double match_quantiles(const Quantile& problem, A* p, Ranked<A>* items) {
 template <typename A>
 static double quantile(const Quantile& problem, int64_t view, int64_t begin, int64_t end) {
   const Sketch& sketch = problem.sketch;
-  const int64_t stride = column_stride<A>(problem);
+  const int64_t stride = sketch.block_panels * kPanelWidth<A>;
   A* p = static_cast<A*>(sketch.scratch);
-  auto* items = reinterpret_cast<Ranked<A>*>(p + sketch.block_panels * kPanelWidth<A> * stride);
+  void* items = p + sketch.rows * stride;
   double sum = 0.0;
   for (int64_t block = begin; block < end; block += sketch.block_panels) {
     const int64_t stop = block + sketch.block_panels < end ? block + sketch.block_panels : end;
-    const int64_t first = block * kPanelWidth<A>;
-    const int64_t left = sketch.slices - first, most = (stop - block) * kPanelWidth<A>;
-    const int64_t count = left < most ? left : most;
     for (int64_t panel = block; panel < stop; ++panel) {
-      transposed_projections<A>(problem, view, panel, p + (panel - block) * kPanelWidth<A> * stride,
-                                stride);
-    }
-    for (int64_t k = 0; k < count; ++k) {
-      sum += match_quantiles<A>(problem, p + k * stride, items);
+      A* here = p + (panel - block) * kPanelWidth<A>;
+      projections<A>(sketch, view, panel, 0, sketch.rows, [&](int64_t n, int64_t, auto& tile) {
+        tile.store_rows(here + n * stride, stride);
+      });
+      sum +=
+          match_quantiles<A>(problem, panel_columns<A>(panel, sketch.slices), here, stride, items);
     }
     if (sketch.grad_z != nullptr) {
-      sketch_gradient<A>(sketch, view, first, count, p, 1, stride);
+      const int64_t first = block * kPanelWidth<A>;
+      const int64_t left = sketch.slices - first, most = (stop - block) * kPanelWidth<A>;
+      sketch_gradient<A>(sketch, view, first, left < most ? left : most, p, stride);
     }
   }
   return sum * problem.scale;
