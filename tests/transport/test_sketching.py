@@ -13,8 +13,11 @@ from regularizers.transport import (
     Moments,
     SlicedRegularizer,
     random_slices,
+    sigreg,
+    sliced_gaussian_wasserstein,
+    visreg,
 )
-from tests.harness import MethodContract
+from tests.harness import GraphRecorder, MethodContract
 
 STATISTICS = [EppsPulley(), GaussianQuantile(), CramerVonMises(), Moments()]
 NULL_MEANS = {"EppsPulley": 1.052464, "CramerVonMises": 1 / 6, "Moments": 4.0}
@@ -152,3 +155,14 @@ def test_moments_are_the_mean_and_variance_first():
     one = torch.ones(1, 1, dtype=torch.float64)
     expected = 50 * (z.mean() ** 2 + (z.square().mean() - 1) ** 2 / 2)
     torch.testing.assert_close(Moments(order=2)(z, one), expected)
+
+
+@pytest.mark.parametrize("loss", [sigreg, visreg, sliced_gaussian_wasserstein])
+def test_batches_of_any_size_share_one_dynamic_graph(loss, fresh_dynamo):
+    graphs = GraphRecorder()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=graphs)
+    for rows in (5, 8, 13):
+        z = torch.randn(3, rows, 4)
+        seed = torch.tensor(rows)
+        torch.testing.assert_close(compiled(z, seed=seed), loss(z, seed=seed))
+    assert len(graphs) == 1

@@ -151,7 +151,8 @@ def _check_arguments(
     check_tensor("target", target)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64 class indices, got {target.dtype}")
-    check_shape("target", target, (x.shape[0],), f"[batch = {x.shape[0]}]")
+    # No size in the text: torch.compile would take a formatted one for a constant.
+    check_shape("target", target, (x.shape[0],), "[batch of x]")
     check_same_device("weight", weight, "x", x)
     check_same_device("target", target, "x", x)
 

@@ -154,7 +154,7 @@ def sliced_quantile(z: Tensor, slices: Tensor, quantiles: Tensor) -> Tensor:
     """
     slices = _check_sketch(z, slices)
     check_floating("quantiles", quantiles)
-    check_shape("quantiles", quantiles, (z.shape[1],), f"[batch = {z.shape[1]}]")
+    check_shape("quantiles", quantiles, (z.shape[1],), "[batch of z]")
     _check_constant("quantiles", quantiles, z)
     if transformed():
         loss = _quantile(z, slices, quantiles)
@@ -174,9 +174,8 @@ def _check_sketch(z: Tensor, slices: Tensor) -> Tensor:
     if slices.dim() == 2:
         slices = slices[None]
     features = z.shape[2]
-    check_shape(
-        "slices", slices, (None, features, None), f"[[groups,] features = {features}, slices]"
-    )
+    # No sizes in the text: torch.compile would take a formatted one for a constant.
+    check_shape("slices", slices, (None, features, None), "[[groups,] features of z, slices]")
     if slices.shape[2] < 1:
         raise ValueError("slices must have at least one column, got none")
     if slices.shape[0] < 1 or z.shape[0] % slices.shape[0] != 0:

@@ -83,9 +83,7 @@ def subspace_sigreg(
     _check_embeddings(emb)
     check_floating("projections", projections)
     dim = emb.shape[2]
-    check_shape(
-        "projections", projections, (None, None, dim), f"[subspaces, subspace_dim, dim = {dim}]"
-    )
+    check_shape("projections", projections, (None, None, dim), "[subspaces, subspace_dim, dim]")
     check_same_device("projections", projections, "emb", emb)
     subspaces, subspace_dim, _ = projections.shape
     slices = slices_for(
