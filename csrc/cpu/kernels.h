@@ -73,6 +73,102 @@ struct MaskedLinearCrossEntropyKernels {
                         int64_t end);
 };
 
+// One sweep over one problem of entropic optimal transport; the arithmetic and its notation are in
+// sinkhorn_kernels.h. A is the accumulation type of the cost's storage type T. Arrays over columns
+// are padded to whole vectors.
+struct SinkhornSweep {
+  int64_t rows, columns, padded_columns;
+  double epsilon;
+  const void* cost;  // T [rows, columns], rows cost_stride elements apart
+  int64_t cost_stride;
+  void* kernel;  // A [rows, kernel_stride], the stored kernel K, or null
+  int64_t kernel_stride;
+  const void* a;      // A [rows]
+  const void* shift;  // A [padded]: beta_j + epsilon log b_j, -inf where b_j = 0 and in the padding
+  const void* v;      // A [padded]
+  void* alpha;        // A [rows]
+  void* log_u;        // A [rows]
+  void* log_sum;      // A [rows] or null: log r_i is wanted
+  double tau, omega;  // f = f_old + omega (tau F - f_old)
+  const double* f_old;  // [rows], for a log_sweep with omega or tau other than 1, or of points
+  bool cold;            // f_old does not say where f is going to be
+};
+
+// The update of the columns that follows a sweep.
+struct SinkhornColumns {
+  int64_t columns, padded_columns, blocks;
+  double epsilon, tau, omega;
+  const void* partial;  // A [blocks, padded], what the sweep's row blocks accumulated
+  const void* b;        // A [padded], 0 in the padding
+  const void* shift;    // as above
+  void* v;              // A [padded]
+  void* log_v;          // A [padded]
+  void* sum;            // A [padded], total of `partial`
+  // Results of `measure`.
+  double residual_sum, residual_max, mass, lowest_ratio;
+  bool underflow;  // some column with b_j > 0 has no usable sum
+  // Result of `move`.
+  double drift;  // largest |log v_j|
+};
+
+struct SinkhornKernels {
+  int64_t lanes;
+  // Exact log-sum-exp of the columns over rows [begin, end): base [padded] and sum [padded] with
+  // sum_i a_i exp((f_i - C_ij) / epsilon) = exp(base_j / epsilon) sum_j; row_shift is
+  // f_i + epsilon log a_i.
+  void (*column_pass)(const SinkhornSweep& sweep, const void* row_shift, int64_t begin, int64_t end,
+                      void* base, void* sum);
+  // Rows [begin, end): new alpha, log_u, the kernel where it is stored, and the accumulated columns
+  // into partial [padded], unless that is null. Adds to the residual of the rows, (sum, max).
+  // `scratch` holds kSinkhornStripe padded rows.
+  void (*log_sweep)(const SinkhornSweep& sweep, int64_t begin, int64_t end, void* partial,
+                    void* scratch, double* residual);
+  // The same from the stored kernel.
+  void (*kernel_sweep)(const SinkhornSweep& sweep, int64_t begin, int64_t end, void* partial,
+                       double* residual);
+  // Adds up `partial`, compares with the marginals.
+  void (*measure)(SinkhornColumns& columns);
+  // v for the new g.
+  void (*move)(SinkhornColumns& columns);
+  // plan = weight exp((row_shift_i + shift_j - C_ij) / epsilon) for rows [begin, end), of type T.
+  void (*plan)(const SinkhornSweep& sweep, const void* row_shift, double weight, int64_t begin,
+               int64_t end, void* plan);
+};
+
+// Points in place of a cost matrix; see sinkhorn_points_kernels.h.
+enum PointCost : int64_t { kSquaredEuclidean = 0, kEuclidean = 1, kCosine = 2 };
+
+struct SinkhornPoints {
+  PointCost cost;
+  int64_t features;
+  double slope;              // kEuclidean: cost scale log2(e) / epsilon
+  const void* x;             // A [rows, features], scaled
+  const void* y;             // A panels of columns: [panel][features][width]
+  const void* row_term;      // A [rows]
+  const void* column_term;   // A [padded]
+  const void* column_shift;  // A [padded], kEuclidean only
+  double unit;               // log2(e) / epsilon
+};
+
+struct SinkhornPointsKernels {
+  int64_t panel_width, tile_rows;
+  // As SinkhornKernels::log_sweep, from points; `scratch` holds tile_rows padded rows. Takes the
+  // potentials in f_old for anchors unless the sweep is cold.
+  void (*sweep)(const SinkhornSweep& sweep, const SinkhornPoints& points, int64_t begin,
+                int64_t end, void* partial, void* scratch, double* residual);
+  // product [rows, width of the panels of v] = P v and row_sums [rows] = P 1 for rows [begin, end);
+  // v is packed as panels [panel][padded columns][width]. With `over_distance` (kEuclidean), P_ij
+  // is divided by |x_i - y_j|, and is 0 where that is 0. `scratch` holds tile_rows times
+  // kApplyColumns.
+  void (*apply)(const SinkhornSweep& sweep, const SinkhornPoints& points, const void* v,
+                int64_t v_panels, bool over_distance, int64_t begin, int64_t end, void* product,
+                void* row_sums, void* scratch);
+};
+
+constexpr int64_t kApplyColumns = 512;  // columns whose exponentials one step of `apply` keeps
+
+constexpr int64_t kSinkhornStripe = 4;  // rows that are worked off together
+
 // One call of a sliced statistic: projections p = z A of every view of z, and what is made of them
 // a slice (column) at a time. View v takes group v / views_per_group of the slices. A is float or
 // double.
@@ -125,7 +221,9 @@ struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
   MaskedLinearCrossEntropyKernels masked_linear_cross_entropy[kStorageTypes];
-  SketchKernels sketch[2];  // kFloat, kDouble
+  SinkhornKernels sinkhorn[kStorageTypes];
+  SinkhornPointsKernels sinkhorn_points[2];  // of float and double: points are widened first
+  SketchKernels sketch[2];                   // kFloat, kDouble
 };
 
 namespace baseline {

@@ -170,6 +170,60 @@ inline float16 narrow<float16>(float value) {
   return result;
 }
 
+// kLanes consecutive elements, widened.
+static inline Vector<float> load_wide(const float* from) { return load(from); }
+static inline Vector<double> load_wide(const double* from) { return load(from); }
+static inline Vector<float> load_wide(const bfloat16* from) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Vector<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#else
+  Vector<float> lanes;
+  for (int j = 0; j < kLanes<float>; ++j) {
+    lanes[j] = widen(from[j]);
+  }
+  return lanes;
+#endif
+}
+static inline Vector<float> load_wide(const float16* from) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_cvtph_ps(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vector<float> lanes;
+  for (int j = 0; j < kLanes<float>; ++j) {
+    lanes[j] = widen(from[j]);
+  }
+  return lanes;
+#endif
+}
+
+// The first `count` of them, the rest 0; nothing is read past them.
+template <typename T>
+static inline Vector<Accumulate<T>> load_wide(const T* from, int64_t count) {
+  if (count >= kLanes<Accumulate<T>>) {
+    return load_wide(from);
+  }
+  T lanes[kLanes<Accumulate<T>>] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    lanes[j] = from[j];
+  }
+  return load_wide(lanes);
+}
+
+// Stores the first `count` lanes, rounded to the storage type.
+template <typename T>
+static inline void store_narrow(T* to, Vector<Accumulate<T>> value, int64_t count) {
+  for (int64_t j = 0; j < (count < kLanes<Accumulate<T>> ? count : kLanes<Accumulate<T>>); ++j) {
+    to[j] = narrow<T>(value[j]);
+  }
+}
+
 // exp by x = n ln 2 + r, |r| <= ln(2) / 2, and a Taylor polynomial in r: the truncation error at
 // degree 7 is below 6e-9 (float), at degree 13 below 4e-17 (double). inf, -inf, NaN and the flush
 // to zero below the smallest normal number come out right. libm's own vector exp is reached by GCC
@@ -326,6 +380,154 @@ static inline void sine_cosine(double x, double* sine, double* cosine) {
   const uint64_t cosine_bits = even_bits ^ swapped ^ (((quadrant + 1u) & 2u) << 62);
   std::memcpy(sine, &sine_bits, sizeof(sine_bits));
   std::memcpy(cosine, &cosine_bits, sizeof(cosine_bits));
+}
+
+// 2^t, elementwise: t = n + r with |r| <= 1/2, a polynomial in r (Chebyshev interpolation; relative
+// error 1e-7 at degree 5 for float, 1e-17 at degree 11 for double), then the exponent. Exactly 0
+// below the smallest subnormal number and at -inf, inf above the largest number, NaN for NaN (and
+// NaN or inf for inf).
+static inline Vector<float> exp2_polynomial(Vector<float> r) {
+  Vector<float> sum = broadcast(0.0013390863364666f);
+  sum = sum * r + 0.0096760319183221f;
+  sum = sum * r + 0.0555035711421908f;
+  sum = sum * r + 0.240221074853083f;
+  sum = sum * r + 0.693147188026229f;
+  return sum * r + 1.0000000754548972f;
+}
+
+static inline Vector<double> exp2_polynomial(Vector<double> r) {
+  Vector<double> sum = broadcast(4.455817908336064493e-10);
+  sum = sum * r + 7.0741942972885210056e-9;
+  sum = sum * r + 1.0178057087733941105e-7;
+  sum = sum * r + 1.3215432535912376166e-6;
+  sum = sum * r + 1.5252733841556772589e-5;
+  sum = sum * r + 1.5403530463724354209e-4;
+  sum = sum * r + 1.3333558146406470697e-3;
+  sum = sum * r + 9.6181291075872566681e-3;
+  sum = sum * r + 5.5504108664821627039e-2;
+  sum = sum * r + 0.24022650695910159567;
+  sum = sum * r + 0.69314718055994530925;
+  return sum * r + 1.0;
+}
+
+#if defined(__AVX512F__)
+static inline Vector<float> exp2(Vector<float> t) {
+  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-150.0f), (__m512)t);  // keeps a NaN of t
+  const __m512 n = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vector<float> power = exp2_polynomial((Vector<float>)_mm512_sub_ps(bounded, n));
+  return (Vector<float>)_mm512_scalef_ps((__m512)power, n);
+}
+
+static inline Vector<double> exp2(Vector<double> t) {
+  const __m512d bounded = _mm512_max_pd(_mm512_set1_pd(-1076.0), (__m512d)t);
+  const __m512d n = _mm512_roundscale_pd(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vector<double> power = exp2_polynomial((Vector<double>)_mm512_sub_pd(bounded, n));
+  return (Vector<double>)_mm512_scalef_pd((__m512d)power, n);
+}
+#else
+// Adding 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits. 2^n is applied in two
+// halves, since n reaches 128 (float), which no exponent holds.
+static inline Vector<float> exp2(Vector<float> t) {
+  const Vector<float> low = broadcast(-150.0f), high = broadcast(129.0f);
+  Vector<float> bounded = t < low ? low : t;
+  bounded = bounded > high ? high : bounded;
+  const Vector<float> shifted = bounded + 12582912.0f;
+  const Vector<float> power = exp2_polynomial(bounded - (shifted - 12582912.0f));
+  const Vector<int32_t> n = (Vector<int32_t>)shifted - 0x4B400000, half = n >> 1;
+  return power * (Vector<float>)((half + 127) << 23) * (Vector<float>)((n - half + 127) << 23);
+}
+
+static inline Vector<double> exp2(Vector<double> t) {
+  const Vector<double> low = broadcast(-1076.0), high = broadcast(1025.0);
+  Vector<double> bounded = t < low ? low : t;
+  bounded = bounded > high ? high : bounded;
+  const Vector<double> shifted = bounded + 6755399441055744.0;
+  const Vector<double> power = exp2_polynomial(bounded - (shifted - 6755399441055744.0));
+  const Vector<int64_t> n = (Vector<int64_t>)shifted - 0x4338000000000000;
+  // No 64-bit arithmetic shift before AVX-512: n fits 32 bits, so halve it as a shifted sum.
+  const Vector<int64_t> half = ((n + 2048) >> 1) - 1024;
+  return power * (Vector<double>)((half + 1023) << 52) *
+         (Vector<double>)((n - half + 1023) << 52);
+}
+#endif
+
+// The natural logarithm of a positive normal number by x = 2^n m, m in [sqrt(1/2), sqrt(2)), and
+// log m = 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.172, as a series. Not for 0, subnormal
+// numbers, inf or NaN.
+static inline float logarithm(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const int32_t n = static_cast<int32_t>(bits - 0x3F3504F3u) >> 23;
+  bits -= static_cast<uint32_t>(n) << 23;
+  float m;
+  std::memcpy(&m, &bits, sizeof(m));
+  const float s = (m - 1.0f) / (m + 1.0f), square = s * s;
+  float sum = 2.0f / 9.0f;
+  sum = sum * square + 2.0f / 7.0f;
+  sum = sum * square + 2.0f / 5.0f;
+  sum = sum * square + 2.0f / 3.0f;
+  sum = sum * square + 2.0f;
+  return static_cast<float>(n) * 0.693147180559945309f + sum * s;
+}
+
+static inline double logarithm(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const int64_t n = static_cast<int64_t>(bits - 0x3FE6A09E667F3BCDull) >> 52;
+  bits -= static_cast<uint64_t>(n) << 52;
+  double m;
+  std::memcpy(&m, &bits, sizeof(m));
+  const double s = (m - 1.0) / (m + 1.0), square = s * s;
+  double sum = 2.0 / 21.0;
+  for (int k = 19; k >= 1; k -= 2) {
+    sum = sum * square + 2.0 / k;
+  }
+  return static_cast<double>(n) * 0.69314718055994530942 + sum * s;
+}
+
+static inline Vector<float> square_root(Vector<float> x) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int j = 0; j < kLanes<float>; ++j) {
+    x[j] = __builtin_sqrtf(x[j]);
+  }
+  return x;
+#endif
+}
+
+static inline Vector<double> square_root(Vector<double> x) {
+#if defined(__AVX512F__)
+  return (Vector<double>)_mm512_sqrt_pd((__m512d)x);
+#elif defined(__AVX2__)
+  return (Vector<double>)_mm256_sqrt_pd((__m256d)x);
+#else
+  for (int j = 0; j < kLanes<double>; ++j) {
+    x[j] = __builtin_sqrt(x[j]);
+  }
+  return x;
+#endif
+}
+
+// Sum and maximum of the lanes, in a fixed order.
+template <typename A>
+static inline A sum_lanes(Vector<A> value) {
+  A total = value[0];
+  for (int j = 1; j < kLanes<A>; ++j) {
+    total += value[j];
+  }
+  return total;
+}
+
+template <typename A>
+static inline A max_lanes(Vector<A> value) {
+  A largest = value[0];
+  for (int j = 1; j < kLanes<A>; ++j) {
+    largest = value[j] > largest ? value[j] : largest;
+  }
+  return largest;
 }
 
 // Philox words for kBlockElements consecutive elements (kBlockCalls calls, the first is `call`), in

@@ -2,6 +2,8 @@
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
+#include "sinkhorn_kernels.h"
+#include "sinkhorn_points_kernels.h"
 #include "sketch_kernels.h"
 
 namespace regularizers::REGULARIZERS_ISA {
@@ -29,6 +31,9 @@ const Kernels& kernels() {
       {masked_linear_cross_entropy_kernels<float>(), masked_linear_cross_entropy_kernels<double>(),
        masked_linear_cross_entropy_kernels<bfloat16>(),
        masked_linear_cross_entropy_kernels<float16>()},
+      {sinkhorn_kernels<float>(), sinkhorn_kernels<double>(), sinkhorn_kernels<bfloat16>(),
+       sinkhorn_kernels<float16>()},
+      {sinkhorn_points_kernels<float>(), sinkhorn_points_kernels<double>()},
       {sketch_kernels<float>(), sketch_kernels<double>()},
   };
   return table;

@@ -16,7 +16,7 @@ from regularizers.ops.sketch import (
     QUANTILE_BACKWARD,
 )
 from regularizers.transport import random_slices
-from tests.harness import OperatorContract, Sample, forward_and_gradients
+from tests.harness import RandomOperatorContract, Sample, forward_and_gradients
 
 
 def _wide(dtype):
@@ -37,7 +37,7 @@ def _slices(z, num_slices, groups=None, **source):
     )
 
 
-class _SketchContract(OperatorContract):
+class _SketchContract(RandomOperatorContract):
     """Seeds and generators choose the slices."""
 
     bitwise_across_threads = False

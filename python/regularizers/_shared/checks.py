@@ -92,3 +92,16 @@ def check_same_dtype(name: str, tensor: Tensor, reference_name: str, reference: 
             f"{name} must have the dtype of {reference_name} ({reference.dtype}), "
             f"got {tensor.dtype}"
         )
+
+
+def known_range(values: Tensor) -> tuple[float, float] | None:
+    """Return the least and the largest value, or None where looking would cost a synchronisation.
+
+    Under ``torch.compile`` and functorch there are no values to look at; None as well.
+    """
+    if values.device.type != "cpu" or values.numel() == 0 or torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(values):
+        return None
+    least, largest = values.aminmax()
+    return least.item(), largest.item()

@@ -227,6 +227,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """Return a context in which autocast leaves products alone."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type that kernels compute and accumulate in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -110,6 +110,28 @@ def dropout_mask(shape: tuple[int, ...], p: Tensor, seed: Tensor, num_samples: i
     return (words >= threshold).reshape(num_samples, *shape)
 
 
+def rademacher(
+    shape: tuple[int, ...], seed: Tensor, num_samples: int, dtype: torch.dtype
+) -> Tensor:
+    """Return random signs, the probes of trace estimators; laid out as :func:`dropout_mask`.
+
+    Args:
+        shape: the shape ``[*]`` of one sample.
+        seed: int64 tensor with no dimensions.
+        num_samples: number of samples.
+        dtype: of the result.
+
+    Returns:
+        ``[num_samples, *]`` of -1 and 1, equally likely and independent.
+
+    Example:
+        >>> rademacher((2, 4), torch.tensor(42), 1, torch.float32).tolist()
+        [[[1.0, -1.0, -1.0, -1.0], [1.0, -1.0, 1.0, -1.0]]]
+    """
+    half = torch.full((), 0.5, device=seed.device)
+    return dropout_mask(shape, half, seed, num_samples).to(dtype) * 2 - 1
+
+
 def _word_tensor(seed: Tensor, first_call: int, calls: int, stream: int, step: int) -> Tensor:
     words = philox_words(
         seed, calls * WORDS_PER_CALL, stream=stream, step=step, first_call=first_call

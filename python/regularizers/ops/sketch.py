@@ -19,6 +19,7 @@ from regularizers.ops._operator import (
     Operator,
     accumulate_dtype,
     differentiate_backward,
+    full_precision,
     loss_dtype,
     transformed,
 )
@@ -205,7 +206,7 @@ def _project(z: Tensor, slices: Tensor) -> Tensor:
     """Return p = z A [V, B, K] in the accumulation type, autocast or not."""
     wide = accumulate_dtype(z.dtype)
     views: Tensor = z.to(wide).unflatten(0, (slices.shape[0], -1))
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z.device):
         p: Tensor = views @ slices.to(wide)[:, None]
     return p.flatten(0, 1)
 

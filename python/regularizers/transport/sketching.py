@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from regularizers._shared.checks import check_at_least, check_floating, check_positive
 from regularizers._shared.distributed import add_up, agree_on_seed, gather_batch
 from regularizers._shared.randomness import draw_seed
-from regularizers.ops._operator import accumulate_dtype, loss_dtype
+from regularizers.ops._operator import accumulate_dtype, full_precision, loss_dtype
 from regularizers.ops.philox import PHILOX_WORDS, WORDS_PER_CALL
 from regularizers.ops.sketch import (
     epps_pulley_statistic,
@@ -306,7 +306,7 @@ class Moments(SlicedStatistic):
 def _projections(z: Tensor, slices: Tensor) -> Tensor:
     """Return p = z A [V, B, K] in the accumulation type, autocast or not."""
     wide = accumulate_dtype(z.dtype)
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z.device):
         return z.to(wide) @ slices.to(wide)
 
 

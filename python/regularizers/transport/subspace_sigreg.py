@@ -16,7 +16,7 @@ from regularizers._shared.checks import (
     check_same_device,
     check_shape,
 )
-from regularizers.ops._operator import accumulate_dtype, loss_dtype
+from regularizers.ops._operator import accumulate_dtype, full_precision, loss_dtype
 from regularizers.transport.sketching import EppsPulley, slices_for
 
 InitMode = Literal["orthogonal_frozen", "random_frozen", "random_trainable_soft"]
@@ -102,7 +102,7 @@ def subspace_sigreg(
     stages = dim * subspace_dim * subspaces + subspace_dim * subspaces * count
     if not projections.requires_grad and dim * subspaces * count < stages:
         wide = accumulate_dtype(emb.dtype)
-        with torch.autocast(emb.device.type, enabled=False):
+        with full_precision(emb.device):
             folded = torch.einsum("kcd,kcs->dks", projections.to(wide), slices.to(wide))
         return statistic(emb.transpose(0, 1), folded.flatten(1), process_group=process_group)
     views = _project(emb, projections).flatten(0, 1)
@@ -122,7 +122,7 @@ def _check_embeddings(emb: Tensor) -> None:
 def _project(emb: Tensor, projections: Tensor) -> Tensor:
     """Return e_k = A_k emb [K, T, B, d] in the accumulation type, autocast or not."""
     wide = accumulate_dtype(emb.dtype)
-    with torch.autocast(emb.device.type, enabled=False):
+    with full_precision(emb.device):
         return torch.einsum("btd,kcd->ktbc", emb.to(wide), projections.to(wide))
 
 
@@ -253,7 +253,7 @@ class SubspaceSIGReg(nn.Module):
         if not isinstance(self.projections, nn.Parameter):
             return self.projections.new_zeros(())
         a = self.projections.to(accumulate_dtype(self.projections.dtype))
-        with torch.autocast(a.device.type, enabled=False):
+        with full_precision(a.device):
             excess = a @ a.mT - torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
         norms: Tensor = torch.linalg.vector_norm(excess, dim=(1, 2))
         return norms.mean()

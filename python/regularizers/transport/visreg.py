@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regularizers._shared.checks import check_at_least, check_not_negative
 from regularizers._shared.distributed import gather_batch
-from regularizers.ops._operator import accumulate_dtype, loss_dtype
+from regularizers.ops._operator import accumulate_dtype, full_precision, loss_dtype
 from regularizers.transport.sketching import GaussianQuantile, as_views, slices_for
 
 
@@ -322,7 +322,7 @@ def vicreg_loss(
     sigma = rows.std(0) + 1e-6
     variance = torch.relu(1 - sigma).square().mean()
     centered = rows - rows.mean(0)
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z.device):
         c = centered.T @ centered / (rows.shape[0] - 1)
     covariance = (c.square().sum() - c.diagonal().square().sum()) / rows.shape[1]
     return (var_weight * variance + cov_weight * covariance).to(loss_dtype(z))
