@@ -82,6 +82,7 @@ def test_loss_is_the_mean_over_subspaces_times_and_slices(num_slices):
 
 
 def test_mean_over_inits_is_sigreg_on_all_directions():
+    torch.set_num_threads(1)  # many small calls
     emb = _sheet_data()
     full = sigreg(emb[:, 0], num_slices=4096, seed=1)
     found = []
@@ -96,6 +97,7 @@ def test_mean_over_inits_is_sigreg_on_all_directions():
 
 def test_kept_subspaces_spread_more_than_free_slices():
     # Sheet: standard deviation .68 (4 subspaces x 64 slices) against .32 (256 free slices).
+    torch.set_num_threads(1)  # many small calls
     emb = _sheet_data()
     inside, free = [], []
     for init in range(40):
