@@ -46,6 +46,16 @@ struct Tile {
     }
   }
 
+  inline __attribute__((always_inline)) void store_rows(A* to, int64_t stride) const {
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        store(to + m * stride + v * kLanes<A>, sum[m][v]);
+      }
+    }
+  }
+
   inline __attribute__((always_inline)) void accumulate(int64_t depth, const A* a, int64_t a_row,
                                                         int64_t a_step, const A* panel) {
     for (int64_t k = 0; k < depth; ++k) {
@@ -99,6 +109,67 @@ static inline void with_vectors(int vectors, const Body& body) {
     }
   }
   body(Constant<VECTORS>{});
+}
+
+// How many of a panel's columns exist; the rest of the panel is zero.
+template <typename A>
+static inline int64_t panel_columns(int64_t panel, int64_t columns) {
+  const int64_t left = columns - panel * kPanelWidth<A>;
+  return left < kPanelWidth<A> ? left : kPanelWidth<A>;
+}
+
+// Panels [begin, end) of the columns of a row-major matrix: packed[panel][row][lane].
+template <typename T>
+static void pack_columns(const T* matrix, int64_t rows, int64_t columns, int64_t begin, int64_t end,
+                         Accumulate<T>* packed) {
+  using A = Accumulate<T>;
+  packed += begin * rows * kPanelWidth<A>;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t filled = panel_columns<A>(panel, columns);
+    const T* source = matrix + panel * kPanelWidth<A>;
+    for (int64_t r = 0; r < rows; ++r, source += columns, packed += kPanelWidth<A>) {
+      for (int64_t j = 0; j < kPanelWidth<A>; ++j) {
+        packed[j] = j < filled ? widen(source[j]) : A(0);
+      }
+    }
+  }
+}
+
+// Panels [begin, end) of the rows of a row-major matrix, transposed: packed[panel][column][lane].
+// Columns go in short blocks, so that both sides stay in cache.
+template <typename T>
+static void pack_rows(const T* matrix, int64_t rows, int64_t columns, int64_t begin, int64_t end,
+                      Accumulate<T>* packed) {
+  using A = Accumulate<T>;
+  constexpr int64_t kBlock = 64;
+  packed += begin * columns * kPanelWidth<A>;
+  for (int64_t panel = begin; panel < end; ++panel, packed += columns * kPanelWidth<A>) {
+    const int64_t first = panel * kPanelWidth<A>;
+    const int64_t filled = panel_columns<A>(panel, rows);
+    for (int64_t block = 0; block < columns; block += kBlock) {
+      const int64_t stop = block + kBlock < columns ? block + kBlock : columns;
+      for (int64_t j = 0; j < kPanelWidth<A>; ++j) {
+        const T* row = matrix + (first + j) * columns;
+        for (int64_t d = block; d < stop; ++d) {
+          packed[d * kPanelWidth<A> + j] = j < filled ? widen(row[d]) : A(0);
+        }
+      }
+    }
+  }
+}
+
+// row[j] += values[j] for j < count, which is a whole number of vectors except in the last panel.
+template <typename A, int VECTORS>
+static inline void add_to_row(A* row, const Vector<A> (&values)[VECTORS], int64_t count) {
+  for (int v = 0; v < VECTORS; ++v, row += kLanes<A>, count -= kLanes<A>) {
+    if (count >= kLanes<A>) {
+      store(row, load(row) + values[v]);
+    } else {
+      for (int64_t j = 0; j < count; ++j) {
+        row[j] += values[v][j];
+      }
+    }
+  }
 }
 
 }  // namespace regularizers::REGULARIZERS_ISA

@@ -169,12 +169,61 @@ constexpr int64_t kApplyColumns = 512;  // columns whose exponentials one step o
 
 constexpr int64_t kSinkhornStripe = 4;  // rows that are worked off together
 
+// One call of a sliced statistic: projections p = z A of every view of z, and what is made of them
+// a slice (column) at a time. View v takes group v / views_per_group of the slices. A is float or
+// double.
+struct Sketch {
+  int64_t views_per_group, rows, features, slices;
+  const void* z;                  // [views, rows, features]
+  const void* slices_by_slice;    // panels of slices: [group][panel][features][width]
+  const void* slices_by_feature;  // panels of features: [group][panel][slices][width]
+  int64_t block_panels;           // panels of slices that a task holds at a time
+  void* scratch;                  // of one worker, scratch(...) elements
+  void* grad_z;                   // [views, rows, features] of one worker, added to; or null
+};
+
+// Characteristic sums at `knots` multiples of `spacing`, l = 1, ..., knots. Exactly one of these:
+// sums is written; grad_sums is read; neither, and the Epps-Pulley statistic is computed.
+struct Characteristic {
+  Sketch sketch;
+  int64_t knots;
+  double spacing;
+  double scale;               // of the statistic: 1 / (views x slices)
+  const double* knot_weight;  // [knots] w_l phi_l
+  const double* knot_target;  // [knots] phi_l
+  void* sums;                 // [2][views][knots][slices]: cosine, sine
+  const void* grad_sums;      // likewise
+  int64_t views;
+};
+
+// Squared distance of the order statistics to quantiles.
+struct Quantile {
+  Sketch sketch;
+  double scale;           // 1 / (views x rows x slices)
+  const void* quantiles;  // [rows], ascending
+};
+
+struct SketchKernels {
+  int64_t panel_width;
+  void (*pack_columns)(const void* matrix, int64_t rows, int64_t columns, int64_t begin,
+                       int64_t end, void* packed);
+  void (*pack_rows)(const void* matrix, int64_t rows, int64_t columns, int64_t begin, int64_t end,
+                    void* packed);
+  // Elements of scratch for one worker.
+  int64_t (*characteristic_scratch)(const Characteristic& problem);
+  int64_t (*quantile_scratch)(const Quantile& problem);
+  // Panels of slices [begin, end) of one view; returns their part of the loss.
+  double (*characteristic)(const Characteristic& problem, int64_t view, int64_t begin, int64_t end);
+  double (*quantile)(const Quantile& problem, int64_t view, int64_t begin, int64_t end);
+};
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
   MaskedLinearCrossEntropyKernels masked_linear_cross_entropy[kStorageTypes];
   SinkhornKernels sinkhorn[kStorageTypes];
   SinkhornPointsKernels sinkhorn_points[2];  // of float and double: points are widened first
+  SketchKernels sketch[2];                   // kFloat, kDouble
 };
 
 namespace baseline {

@@ -18,51 +18,16 @@
 
 namespace regularizers::REGULARIZERS_ISA {
 
-// How many of a panel's columns exist; the rest of the panel is zero.
-template <typename A>
-static inline int64_t panel_columns(int64_t panel, int64_t columns) {
-  const int64_t left = columns - panel * kPanelWidth<A>;
-  return left < kPanelWidth<A> ? left : kPanelWidth<A>;
-}
-
 template <typename T>
 static void pack_by_feature(const MaskedLinearCrossEntropy& problem, int64_t begin, int64_t end) {
-  using A = Accumulate<T>;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t first = panel * kPanelWidth<A>;
-    const int64_t filled = panel_columns<A>(panel, problem.features);
-    const T* source = static_cast<const T*>(problem.weight) + first;
-    A* packed = static_cast<A*>(problem.weight_by_feature) + first * problem.classes;
-    for (int64_t c = 0; c < problem.classes;
-         ++c, source += problem.features, packed += kPanelWidth<A>) {
-      for (int64_t j = 0; j < kPanelWidth<A>; ++j) {
-        packed[j] = j < filled ? widen(source[j]) : A(0);
-      }
-    }
-  }
+  pack_columns(static_cast<const T*>(problem.weight), problem.classes, problem.features, begin, end,
+               static_cast<Accumulate<T>*>(problem.weight_by_feature));
 }
 
-// The transposed form: panel[feature][class]. Features go in short blocks, so that both sides stay
-// in cache.
 template <typename T>
 static void pack_by_class(const MaskedLinearCrossEntropy& problem, int64_t begin, int64_t end) {
-  using A = Accumulate<T>;
-  constexpr int64_t kBlock = 64;
-  const T* weight = static_cast<const T*>(problem.weight);
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t first = panel * kPanelWidth<A>;
-    const int64_t filled = panel_columns<A>(panel, problem.classes);
-    A* packed = static_cast<A*>(problem.weight_by_class) + first * problem.features;
-    for (int64_t block = 0; block < problem.features; block += kBlock) {
-      const int64_t stop = block + kBlock < problem.features ? block + kBlock : problem.features;
-      for (int64_t j = 0; j < kPanelWidth<A>; ++j) {
-        const T* row = weight + (first + j) * problem.features;
-        for (int64_t d = block; d < stop; ++d) {
-          packed[d * kPanelWidth<A> + j] = j < filled ? widen(row[d]) : A(0);
-        }
-      }
-    }
-  }
+  pack_rows(static_cast<const T*>(problem.weight), problem.classes, problem.features, begin, end,
+            static_cast<Accumulate<T>*>(problem.weight_by_class));
 }
 
 // Loaders. load(row, sample, ...) writes operand rows: features masked in, zeros masked out, and
@@ -264,20 +229,6 @@ static inline double row_loss(const MaskedLinearCrossEntropy& problem, const Tar
     target.subtract(row, classes, scale);
   }
   return static_cast<double>(target.total) * log_sum_exp - static_cast<double>(dot);
-}
-
-// row[j] += values[j] for j < count, which is a whole number of vectors except in the last panel.
-template <typename A, int VECTORS>
-static inline void add_to_row(A* row, const Vector<A> (&values)[VECTORS], int64_t count) {
-  for (int v = 0; v < VECTORS; ++v, row += kLanes<A>, count -= kLanes<A>) {
-    if (count >= kLanes<A>) {
-      store(row, load(row) + values[v]);
-    } else {
-      for (int64_t j = 0; j < count; ++j) {
-        row[j] += values[v][j];
-      }
-    }
-  }
 }
 
 // dx_i += sum over the samples of row i of m_e * (g_e W), for positions [begin, end); row i of the

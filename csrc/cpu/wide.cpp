@@ -4,6 +4,7 @@
 #include "masked_linear_cross_entropy_kernels.h"
 #include "sinkhorn_kernels.h"
 #include "sinkhorn_points_kernels.h"
+#include "sketch_kernels.h"
 
 namespace regularizers::REGULARIZERS_ISA {
 
@@ -33,6 +34,7 @@ const Kernels& kernels() {
       {sinkhorn_kernels<float>(), sinkhorn_kernels<double>(), sinkhorn_kernels<bfloat16>(),
        sinkhorn_kernels<float16>()},
       {sinkhorn_points_kernels<float>(), sinkhorn_points_kernels<double>()},
+      {sketch_kernels<float>(), sketch_kernels<double>()},
   };
   return table;
 }

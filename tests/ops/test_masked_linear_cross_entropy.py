@@ -7,7 +7,7 @@ from torch.nn import functional as F
 import regularizers
 from regularizers.ops import dropout_samples, multi_sample_dropout_cross_entropy
 from regularizers.ops.masked_linear_cross_entropy import BACKWARD, FORWARD
-from tests.harness import RandomOperatorContract, Sample, forward_and_gradients
+from tests.harness import GraphRecorder, RandomOperatorContract, Sample, forward_and_gradients
 
 
 def _rate(value):
@@ -487,3 +487,14 @@ def test_forcing_a_backend_that_cannot_serve_says_why():
     x, weight, bias, target = _problem(4, 6, 3)
     with regularizers.use_backend("cpp"), pytest.raises(RuntimeError, match="meta"):
         multi_sample_dropout_cross_entropy(*(t.to("meta") for t in (x, weight, bias, target)))
+
+
+def test_batches_of_any_size_share_one_dynamic_graph(fresh_dynamo):
+    _, weight, bias, _ = _problem(1, 6, 3)
+    call = lambda x, y: multi_sample_dropout_cross_entropy(x, weight, bias, y, seed=1)
+    graphs = GraphRecorder()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=graphs)
+    for rows in (5, 8, 13):
+        x, _, _, target = _problem(rows, 6, 3)
+        torch.testing.assert_close(compiled(x, target), call(x, target))
+    assert len(graphs) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NUMBERS = (int, float, torch.SymFloat, torch.SymInt)  # symbolic ones inside torch.compile
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -18,6 +19,25 @@ def check_fraction(name: str, value: float) -> None:
     """Raise unless ``value`` lies in [0, 1)."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value`` is a number above 0 and finite."""
+    _check_number(name, value)
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be above 0 and finite, got {value}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Raise unless ``value`` is a number of at least 0 and finite."""
+    _check_number(name, value)
+    if not 0.0 <= value < float("inf"):
+        raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regularizers._shared.checks import check_same_device
-
-_NUMBERS = (int, float, torch.SymFloat, torch.SymInt)  # symbolic ones inside torch.compile
+from regularizers._shared.checks import NUMBERS, check_same_device
 
 
 def scheduled(
@@ -22,7 +20,7 @@ def scheduled(
     on CUDA, where reading it would stop the stream.
     """
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        if isinstance(value, bool) or not isinstance(value, NUMBERS):
             raise TypeError(
                 f"{name} must be a number or a 0-dimensional tensor, got {type(value).__name__}"
             )

@@ -5,6 +5,7 @@ from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cr
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
 from regularizers.ops.sinkhorn import SinkhornOutput, sinkhorn, transport_plan
 from regularizers.ops.sinkhorn_points import sinkhorn_points
+from regularizers.ops.sketch import sliced_characteristic, sliced_epps_pulley, sliced_quantile
 from regularizers.ops.transport_apply import transport_apply
 
 __all__ = [
@@ -16,6 +17,9 @@ __all__ = [
     "philox_words",
     "sinkhorn",
     "sinkhorn_points",
+    "sliced_characteristic",
+    "sliced_epps_pulley",
+    "sliced_quantile",
     "transport_apply",
     "transport_plan",
 ]

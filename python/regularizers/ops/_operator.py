@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from regularizers import _extension, backend
@@ -177,6 +178,46 @@ def _inside_functorch() -> bool:
 _inside_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def differentiate_backward(
+    function: Callable[..., Tensor],
+    grad_result: Tensor,
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Differentiate a backward pass through the reference: the rule for second derivatives.
+
+    Args:
+        function: the reference of the forward pass, ``function(*inputs) -> Tensor``.
+        grad_result: the gradient that the backward pass was given.
+        inputs: the tensors that it differentiated with respect to.
+        cotangents: of the gradients of ``inputs``, which it returned; None where it returned none.
+
+    Returns:
+        The derivatives with respect to ``grad_result`` and to each of ``inputs``.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        grad_result, *inputs = (_alias(tensor, create_graph) for tensor in (grad_result, *inputs))
+        pairs = [(i, c) for i, c in zip(inputs, cotangents, strict=True) if c is not None]
+        first = torch.autograd.grad(
+            function(*inputs), [tensor for tensor, _ in pairs], grad_result, create_graph=True
+        )
+        return torch.autograd.grad(
+            first,
+            [grad_result, *inputs],
+            [c.to(f.dtype) for (_, c), f in zip(pairs, first, strict=True)],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+
+
+def _alias(tensor: Tensor, keep_history: bool) -> Tensor:
+    """Return a tensor where derivatives stop, even if one input was computed from another."""
+    if keep_history and tensor.requires_grad:
+        return tensor.view_as(tensor)
+    return tensor.detach().requires_grad_()
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the type that autocast asks for on a device, or None where it is off."""
     if not torch.amp.is_autocast_available(device.type):
@@ -194,3 +235,8 @@ def full_precision(device: torch.device) -> torch.autocast:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type that kernels compute and accumulate in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def loss_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of a loss of ``x``: its own, or the accumulation type under autocast."""
+    return x.dtype if autocast_dtype(x.device) is None else accumulate_dtype(x.dtype)

@@ -20,7 +20,13 @@ from regularizers._shared.checks import (
 )
 from regularizers._shared.randomness import draw_seed
 from regularizers._shared.scheduled import scheduled
-from regularizers.ops._operator import Operator, accumulate_dtype, autocast_dtype, transformed
+from regularizers.ops._operator import (
+    Operator,
+    accumulate_dtype,
+    autocast_dtype,
+    differentiate_backward,
+    transformed,
+)
 from regularizers.ops.philox import dropout_mask
 
 Reduction = Literal["mean", "sum", "none"]
@@ -145,7 +151,8 @@ def _check_arguments(
     check_tensor("target", target)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64 class indices, got {target.dtype}")
-    check_shape("target", target, (x.shape[0],), f"[batch = {x.shape[0]}]")
+    # No size in the text: torch.compile would take a formatted one for a constant.
+    check_shape("target", target, (x.shape[0],), "[batch of x]")
     check_same_device("weight", weight, "x", x)
     check_same_device("target", target, "x", x)
 
@@ -359,39 +366,17 @@ def _double_backward(backend: str | None, ctx: Any, *cotangents: Tensor) -> tupl
     """Differentiate the gradients through the reference, which holds masks and logits."""
     grad_loss, x, weight, bias, *rest = ctx.saved_tensors
     num_samples, ignore_index, reduction, gradients = ctx.options
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Aliases: derivatives stop here, even where one input was computed from another.
-        cotangent = _alias(grad_loss, create_graph)
-        data = [None if t is None else _alias(t, create_graph) for t in (x, weight, bias)]
-        call: list[Any] = [*data, *rest, num_samples, ignore_index]
-        loss = _loss(reduction, *call)
-        wanted = _if_wanted(data, gradients)
-        first = torch.autograd.grad(
-            loss, [tensor for tensor in wanted if tensor is not None], cotangent, create_graph=True
-        )
-        variables = [tensor for tensor in (cotangent, *data) if tensor is not None]
-        second = torch.autograd.grad(
-            first,
-            variables,
-            [c.to(f.dtype) for c, f in zip(_chosen(cotangents, wanted), first, strict=True)],
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    by_loss, *by_data = second
+    data = [tensor for tensor in (x, weight, bias) if tensor is not None]
+
+    def loss(*data: Tensor) -> Tensor:
+        call: list[Any] = [*data, *(None,) * (bias is None), *rest, num_samples, ignore_index]
+        return _loss(reduction, *call)
+
+    wanted = _if_wanted(cotangents, gradients)[: len(data)]
+    by_loss, *by_data = differentiate_backward(loss, grad_loss, data, wanted)
     if bias is None:
-        by_data.append(None)  # type: ignore[arg-type]
+        by_data.append(None)
     return (by_loss, None, None, None, *by_data, *(None,) * 9)
-
-
-def _chosen(items: Sequence[Tensor], wanted: Sequence[Tensor | None]) -> list[Tensor]:
-    return [item for item, want in zip(items, wanted, strict=True) if want is not None]
-
-
-def _alias(tensor: Tensor, keep_history: bool) -> Tensor:
-    if keep_history and tensor.requires_grad:
-        return tensor.view_as(tensor)
-    return tensor.detach().requires_grad_()
 
 
 _DATA = (
