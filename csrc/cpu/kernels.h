@@ -87,8 +87,8 @@ struct SinkhornSweep {
   const void* shift;  // A [padded]: beta_j + epsilon log b_j, -inf where b_j = 0 and in the padding
   const void* v;      // A [padded]
   void* alpha;        // A [rows]
-  void* log_u;        // A [rows]
-  void* log_sum;      // A [rows] or null: log r_i is wanted
+  void* row_sum;      // A [rows], r_i
+  void* log_u;        // A [rows]; not touched where omega = tau = 1, when u_i = 1 / r_i
   double tau, omega;  // f = f_old + omega (tau F - f_old)
   const double* f_old;  // [rows], for a log_sweep with omega or tau other than 1, or of points
   bool cold;            // f_old does not say where f is going to be
@@ -118,9 +118,9 @@ struct SinkhornKernels {
   // f_i + epsilon log a_i.
   void (*column_pass)(const SinkhornSweep& sweep, const void* row_shift, int64_t begin, int64_t end,
                       void* base, void* sum);
-  // Rows [begin, end): new alpha, log_u, the kernel where it is stored, and the accumulated columns
-  // into partial [padded], unless that is null. Adds to the residual of the rows, (sum, max).
-  // `scratch` holds kSinkhornStripe padded rows.
+  // Rows [begin, end): new alpha, row_sum, log_u, the kernel where it is stored, and the
+  // accumulated columns into partial [padded], unless that is null. Adds to the residual of the
+  // rows, (sum, max). `scratch` holds kSinkhornStripe padded rows.
   void (*log_sweep)(const SinkhornSweep& sweep, int64_t begin, int64_t end, void* partial,
                     void* scratch, double* residual);
   // The same from the stored kernel.

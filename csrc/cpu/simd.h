@@ -190,8 +190,7 @@ static inline Vector<float> load_wide(const bfloat16* from) {
 }
 static inline Vector<float> load_wide(const float16* from) {
 #if defined(__AVX512F__)
-  return (Vector<float>)_mm512_cvtph_ps(
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (Vector<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__AVX2__)
   return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
@@ -446,8 +445,7 @@ static inline Vector<double> exp2(Vector<double> t) {
   const Vector<int64_t> n = (Vector<int64_t>)shifted - 0x4338000000000000;
   // No 64-bit arithmetic shift before AVX-512: n fits 32 bits, so halve it as a shifted sum.
   const Vector<int64_t> half = ((n + 2048) >> 1) - 1024;
-  return power * (Vector<double>)((half + 1023) << 52) *
-         (Vector<double>)((n - half + 1023) << 52);
+  return power * (Vector<double>)((half + 1023) << 52) * (Vector<double>)((n - half + 1023) << 52);
 }
 #endif
 

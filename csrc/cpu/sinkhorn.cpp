@@ -92,9 +92,9 @@ SinkhornTensors solve_dense(const SinkhornBatch& batch, const Tensor& cost,
                             const SinkhornOptions& options, const std::optional<Tensor>& f0,
                             const std::optional<Tensor>& g0) {
   return solve_batch<A>(batch, options, f0, g0, "cost", [&](int64_t item, bool parallel) {
-    return std::make_unique<DenseProblem<A>>(
-        batch.type, item_costs(cost, item), batch.max_columns, batch.rows[item],
-        batch.columns[item], batch.row_masses<A>(item), parallel);
+    return std::make_unique<DenseProblem<A>>(batch.type, item_costs(cost, item), batch.max_columns,
+                                             batch.rows[item], batch.columns[item],
+                                             batch.row_masses<A>(item), parallel);
   });
 }
 
@@ -106,8 +106,8 @@ SinkhornTensors sinkhorn(const Tensor& cost, const Tensor& a, const Tensor& b,
                          double momentum, double tau_a, double tau_b, bool linf, bool symmetric) {
   const SinkhornOptions options{tol,      max_iter, min_iter, inner_iter, eps_init, eps_decay,
                                 momentum, tau_a,    tau_b,    linf,       symmetric};
-  const SinkhornBatch batch = read_batch(storage_type(cost), a, b, epsilon, row_sizes, column_sizes,
-                                         options.balanced());
+  const SinkhornBatch batch =
+      read_batch(storage_type(cost), a, b, epsilon, row_sizes, column_sizes, options.balanced());
   const Tensor dense = contiguous(cost);
   return batch.type == kDouble ? solve_dense<double>(batch, dense, options, f0, g0)
                                : solve_dense<float>(batch, dense, options, f0, g0);
@@ -138,11 +138,11 @@ void write_plan(const SinkhornBatch& batch, const Tensor& cost, const Tensor& f,
     char* to = static_cast<char*>(plan.mutable_data_ptr()) +
                item * rows * columns * static_cast<int64_t>(plan.element_size());
     const double factor = static_cast<double>(static_cast<const A*>(weight.const_data_ptr())[item]);
-    torch::stable::parallel_for(
-        0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1)),
-        [&](int64_t begin, int64_t end) {
-          kernel.plan(sweep, row_shift.data(), factor, begin, end, to);
-        });
+    torch::stable::parallel_for(0, rows,
+                                std::max<int64_t>(1, 16384 / std::max<int64_t>(columns, 1)),
+                                [&](int64_t begin, int64_t end) {
+                                  kernel.plan(sweep, row_shift.data(), factor, begin, end, to);
+                                });
   }
 }
 
@@ -153,8 +153,7 @@ Tensor transport_plan(const Tensor& cost, const Tensor& a, const Tensor& b, cons
   const SinkhornBatch batch = read_batch(storage_type(cost), a, b, epsilon, row_sizes, column_sizes,
                                          /*balanced=*/false);
   const Tensor dense = contiguous(cost);
-  Tensor plan =
-      torch::stable::new_empty(cost, {batch.size, batch.max_rows, batch.max_columns});
+  Tensor plan = torch::stable::new_empty(cost, {batch.size, batch.max_rows, batch.max_columns});
   advise_huge_pages(plan.mutable_data_ptr(),
                     static_cast<size_t>(plan.numel()) * plan.element_size());
   if (batch.type == kDouble) {

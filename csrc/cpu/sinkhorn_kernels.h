@@ -40,7 +40,7 @@ struct RowUpdate {
   const A* a;
   const A* alpha;
   A* log_u;
-  A* log_sum;
+  A* row_sum;
   double epsilon;
   A tau, omega, anchor_scale, target_scale;
   bool exact;
@@ -49,7 +49,7 @@ struct RowUpdate {
       : a(static_cast<const A*>(sweep.a)),
         alpha(static_cast<const A*>(sweep.alpha)),
         log_u(static_cast<A*>(sweep.log_u)),
-        log_sum(static_cast<A*>(sweep.log_sum)),
+        row_sum(static_cast<A*>(sweep.row_sum)),
         epsilon(sweep.epsilon),
         tau(static_cast<A>(sweep.tau)),
         omega(static_cast<A>(sweep.omega)),
@@ -57,40 +57,34 @@ struct RowUpdate {
         target_scale(static_cast<A>((1.0 - sweep.tau) / (sweep.tau * sweep.epsilon))),
         exact(sweep.tau == 1.0 && sweep.omega == 1.0) {}
 
-  // Moves log u of ROWS rows from `row` on, given their sums, and sets their weights a_i u_i; rows
-  // without mass get 0. Adds |row sum of the plan - its target| to the residual, which is 0 after an
-  // exact balanced update. `from_f` takes the old log u from potentials.
+  // Updates ROWS rows from `row` on, given their sums: sets their weights a_i u_i, 0 without mass.
+  // An exact balanced update, u = 1 / r, leaves the logarithm to whoever wants it; others move log
+  // u and add |row sum of the plan - its target| to the residual. The old log u follows from the
+  // potentials `from_f`, if they are given.
   template <int ROWS>
   inline __attribute__((always_inline)) void stripe(const A* sums, int64_t row,
                                                     const double* from_f, A* weight,
                                                     double* residual) const {
-    A log_r[ROWS];
-#pragma omp simd
     for (int r = 0; r < ROWS; ++r) {
-      log_r[r] = logarithm(sums[r]);
-      weight[r] = a[row + r] / sums[r];
-    }
-    if (log_sum != nullptr) {
-      for (int r = 0; r < ROWS; ++r) {
-        log_sum[row + r] = log_r[r];
-      }
+      row_sum[row + r] = sums[r];
     }
     if (exact) {
+#pragma omp simd
       for (int r = 0; r < ROWS; ++r) {
-        log_u[row + r] = -log_r[r];
-        weight[r] = a[row + r] > 0 ? weight[r] : A{0};
+        weight[r] = a[row + r] > 0 ? a[row + r] / sums[r] : A{0};
       }
       return;
     }
     A difference[ROWS];
 #pragma omp simd
     for (int r = 0; r < ROWS; ++r) {
-      const A old = from_f != nullptr
-                        ? static_cast<A>((from_f[row + r] - alpha[row + r]) / epsilon)
-                        : log_u[row + r];
-      const A moved = old + omega * (-tau * log_r[r] - anchor_scale * alpha[row + r] - old);
+      const A old = from_f != nullptr ? static_cast<A>((from_f[row + r] - alpha[row + r]) / epsilon)
+                                      : log_u[row + r];
+      const A moved =
+          old + omega * (-tau * logarithm(sums[r]) - anchor_scale * alpha[row + r] - old);
       const A u = exponential(moved);
-      const A target = exponential(-target_scale * (alpha[row + r] + static_cast<A>(epsilon) * moved));
+      const A target =
+          exponential(-target_scale * (alpha[row + r] + static_cast<A>(epsilon) * moved));
       const bool counts = a[row + r] > 0;
       log_u[row + r] = moved;
       difference[r] = counts ? a[row + r] * (u * sums[r] - target) : A{0};
@@ -416,8 +410,9 @@ static void sinkhorn_plan(const SinkhornSweep& sweep, const void* row_shift, dou
 template <typename T>
 static constexpr SinkhornKernels sinkhorn_kernels() {
   using A = Accumulate<T>;
-  return {kLanes<A>,           sinkhorn_column_pass<T>, sinkhorn_log_sweep<T>,
-          sinkhorn_kernel_sweep<A>, sinkhorn_measure<A>, sinkhorn_move<A>, sinkhorn_plan<T>};
+  return {
+      kLanes<A>,           sinkhorn_column_pass<T>, sinkhorn_log_sweep<T>, sinkhorn_kernel_sweep<A>,
+      sinkhorn_measure<A>, sinkhorn_move<A>,        sinkhorn_plan<T>};
 }
 
 }  // namespace regularizers::REGULARIZERS_ISA

@@ -154,7 +154,7 @@ class PointsProblem : public SinkhornProblem<A> {
 
   // The same sweep with the sides exchanged.
   void exact_columns(double epsilon, const double* f, double* g) override {
-    std::vector<A> shift(x_.padded), ones(y_.count, A{1}), alpha(y_.count), log_u(y_.count);
+    std::vector<A> shift(x_.padded), ones(y_.count, A{1}), alpha(y_.count), sums(y_.count);
     fill_shift(f, a_, epsilon, x_.count, shift);
     SinkhornSweep sweep{};
     sweep.rows = y_.count;
@@ -163,7 +163,7 @@ class PointsProblem : public SinkhornProblem<A> {
     sweep.epsilon = epsilon;
     sweep.a = ones.data();
     sweep.alpha = alpha.data();
-    sweep.log_u = log_u.data();
+    sweep.row_sum = sums.data();
     sweep.tau = sweep.omega = 1.0;
     sweep.cold = true;
     const SinkhornPoints points = backward_.points(epsilon, shift.data());
@@ -179,7 +179,7 @@ class PointsProblem : public SinkhornProblem<A> {
       range(0, y_.count);
     }
     for (int64_t j = 0; j < y_.count; ++j) {
-      g[j] = static_cast<double>(alpha[j]) + epsilon * static_cast<double>(log_u[j]);
+      g[j] = static_cast<double>(alpha[j]) - epsilon * std::log(static_cast<double>(sums[j]));
     }
   }
 
@@ -240,8 +240,8 @@ SinkhornTensors sinkhorn_points(const Tensor& x, const Tensor& y, const Tensor& 
                                 bool symmetric) {
   const SinkhornOptions options{tol,      max_iter, min_iter, inner_iter, eps_init, eps_decay,
                                 momentum, tau_a,    tau_b,    linf,       symmetric};
-  const SinkhornBatch batch = read_batch(storage_type(x), a, b, epsilon, row_sizes, column_sizes,
-                                         options.balanced());
+  const SinkhornBatch batch =
+      read_batch(storage_type(x), a, b, epsilon, row_sizes, column_sizes, options.balanced());
   const Tensor rows = widened(x, batch.type), columns = widened(y, batch.type);
   const PointCost kind = static_cast<PointCost>(cost);
   return batch.type == kDouble
@@ -293,7 +293,8 @@ void apply_item(const SinkhornBatch& batch, int64_t item, const Tensor& x, const
   sweep.epsilon = batch.epsilon[item];
   sweep.alpha = alpha.data();
   std::unique_ptr<char[]> packed_storage, product_storage;
-  const int64_t panels = divide_up(values, kernel.panel_width), stride = panels * kernel.panel_width;
+  const int64_t panels = divide_up(values, kernel.panel_width),
+                stride = panels * kernel.panel_width;
   const A* packed =
       pack_values(v, columns, right.padded, values, kernel.panel_width, packed_storage);
   A* padded_product = aligned<A>(product_storage, rows * stride);
@@ -316,8 +317,8 @@ void apply_item(const SinkhornBatch& batch, int64_t item, const Tensor& x, const
 
 template <typename A>
 void apply_batch(const SinkhornBatch& batch, const Tensor& x, const Tensor& y, const Tensor& f,
-                 const Tensor& g, const Tensor& v, PointCost cost, double scale,
-                 bool over_distance, Tensor& product, Tensor& sums) {
+                 const Tensor& g, const Tensor& v, PointCost cost, double scale, bool over_distance,
+                 Tensor& product, Tensor& sums) {
   const int64_t values = v.size(2);
   for_items(batch.size, batch.max_rows * batch.max_columns, [&](int64_t item, bool parallel) {
     apply_item<A>(batch, item, x, y,
@@ -330,10 +331,12 @@ void apply_batch(const SinkhornBatch& batch, const Tensor& x, const Tensor& y, c
   });
 }
 
-std::tuple<Tensor, Tensor> sinkhorn_points_apply(
-    const Tensor& x, const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& epsilon,
-    const Tensor& f, const Tensor& g, const Tensor& v, const std::optional<Tensor>& row_sizes,
-    const std::optional<Tensor>& column_sizes, int64_t cost, double scale, bool over_distance) {
+std::tuple<Tensor, Tensor> sinkhorn_points_apply(const Tensor& x, const Tensor& y, const Tensor& a,
+                                                 const Tensor& b, const Tensor& epsilon,
+                                                 const Tensor& f, const Tensor& g, const Tensor& v,
+                                                 const std::optional<Tensor>& row_sizes,
+                                                 const std::optional<Tensor>& column_sizes,
+                                                 int64_t cost, double scale, bool over_distance) {
   const SinkhornBatch batch = read_batch(storage_type(x), a, b, epsilon, row_sizes, column_sizes,
                                          /*balanced=*/false);
   const Tensor rows = widened(x, batch.type), columns = widened(y, batch.type);

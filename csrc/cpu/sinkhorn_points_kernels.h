@@ -150,9 +150,8 @@ static inline void points_stripe(const SinkhornSweep& sweep, const SinkhornPoint
 }
 
 template <typename A, PointCost COST>
-static void points_sweep_of(const SinkhornSweep& sweep, const SinkhornPoints& points,
-                            int64_t begin, int64_t end, A* partial, A* scratch,
-                            double* residual) {
+static void points_sweep_of(const SinkhornSweep& sweep, const SinkhornPoints& points, int64_t begin,
+                            int64_t end, A* partial, A* scratch, double* residual) {
   if (partial != nullptr) {
     clear(partial, sweep.padded_columns);
   }
@@ -176,8 +175,7 @@ static void sinkhorn_points_sweep(const SinkhornSweep& sweep, const SinkhornPoin
                                   double* residual) {
   const auto run = [&](auto cost) {
     points_sweep_of<A, static_cast<PointCost>(decltype(cost)::value)>(
-        sweep, points, begin, end, static_cast<A*>(partial),
-        static_cast<A*>(scratch), residual);
+        sweep, points, begin, end, static_cast<A*>(partial), static_cast<A*>(scratch), residual);
   };
   if (points.cost == kEuclidean) {
     run(Constant<kEuclidean>{});
@@ -214,7 +212,8 @@ static inline void apply_stripe(const SinkhornSweep& sweep, const SinkhornPoints
             }
           }
           sum[r] += value;
-          store(scratch + r * kApplyColumns + (panel - first) * kPanelWidth<A> + w * kLanes<A>, value);
+          store(scratch + r * kApplyColumns + (panel - first) * kPanelWidth<A> + w * kLanes<A>,
+                value);
         }
       }
     }

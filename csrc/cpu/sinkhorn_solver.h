@@ -40,9 +40,7 @@ class Relaxation {
       : adaptive_(momentum == 0.0), omega_(adaptive_ ? 1.0 : momentum) {}
 
   // The factor that the next half-iteration may use.
-  double omega() const {
-    return adaptive_ ? std::max(1.0, std::min(omega_, cap_)) : omega_;
-  }
+  double omega() const { return adaptive_ ? std::max(1.0, std::min(omega_, cap_)) : omega_; }
 
   // One iteration ended with this error of the marginals (of a plan of mass `mass`), and with this
   // lowest ratio of a column's sum to its target.
@@ -50,7 +48,6 @@ class Relaxation {
     if (!adaptive_) {
       return;
     }
-    cap_ = largest_safe(lowest_ratio);
     std::rotate(errors_, errors_ + 1, errors_ + kHistory);
     errors_[kHistory - 1] = error;
     ++since_;
@@ -59,6 +56,7 @@ class Relaxation {
     } else if (since_ >= kWindow) {
       adjust();
     }
+    cap_ = omega_ > 1.0 ? largest_safe(lowest_ratio) : 1.0;
   }
 
  private:
@@ -192,8 +190,8 @@ T* aligned(std::unique_ptr<char[]>& storage, int64_t count) {
 template <typename A>
 class SinkhornDriver {
  public:
-  SinkhornDriver(SinkhornProblem<A>& problem, int64_t rows, int64_t columns, const A* a,
-                 const A* b, double epsilon, const SinkhornOptions& options, bool parallel)
+  SinkhornDriver(SinkhornProblem<A>& problem, int64_t rows, int64_t columns, const A* a, const A* b,
+                 double epsilon, const SinkhornOptions& options, bool parallel)
       : problem_(problem),
         rows_(rows),
         columns_(columns),
@@ -208,7 +206,8 @@ class SinkhornDriver {
     g_.assign(columns, 0.0);
     alpha_.assign(rows, A{0});
     log_u_.assign(rows, A{0});
-    log_sum_.assign(options.symmetric ? rows : 0, A{0});
+    row_sum_.assign(rows, A{1});
+    residuals_.assign(2 * blocks_, 0.0);
     a_.assign(a, a + rows);
     b_.assign(padded_, A{0});
     std::copy(b, b + columns, b_.begin());
@@ -240,9 +239,12 @@ class SinkhornDriver {
 
  private:
   double epsilon_at(int64_t iteration) const {
-    return target_epsilon_ *
-           std::max(options_.eps_init * std::pow(options_.eps_decay, static_cast<double>(iteration)),
-                    1.0);
+    if (options_.eps_init == 1.0) {
+      return target_epsilon_;
+    }
+    return target_epsilon_ * std::max(options_.eps_init * std::pow(options_.eps_decay,
+                                                                   static_cast<double>(iteration)),
+                                      1.0);
   }
 
   SinkhornResult solve_alternating(const double* g_start) {
@@ -251,13 +253,12 @@ class SinkhornDriver {
     if (g_start != nullptr) {
       g_.assign(g_start, g_start + columns_);
     } else {
-      problem_.exact_columns(epsilon_, f_.data(), g_.data());
+      first_columns();
       for (int64_t j = 0; j < columns_; ++j) {
         if (b_[j] > 0 && !std::isfinite(g_[j])) {
           result.invalid = true;
           return result;
         }
-        g_[j] *= options_.tau_b;
       }
     }
     bool verify = true;  // the first iteration has no f to relax from
@@ -277,8 +278,8 @@ class SinkhornDriver {
       }
       const bool good = options_.tol > 0.0 && result.error <= options_.tol;
       const bool stuck = options_.tol > 0.0 && floor_.reached(result.error, total_a_);
-      const bool may_stop = k + 1 >= options_.min_iter && (k + 1) % options_.inner_iter == 0 &&
-                            !annealing;
+      const bool may_stop =
+          k + 1 >= options_.min_iter && (k + 1) % options_.inner_iter == 0 && !annealing;
       if (last || ((good || stuck) && may_stop && omega == 1.0)) {
         result.converged = result.error <= options_.tol && !annealing;
         break;
@@ -293,6 +294,21 @@ class SinkhornDriver {
     finish_masked();
     result.value = value();
     return result;
+  }
+
+  // g from the first f. A sweep that leaves f alone serves, and stores the kernel on the way;
+  // points exchange their sides.
+  void first_columns() {
+    if (problem_.stores_kernel()) {
+      sweep(1.0, /*omega=*/0.0, /*with_columns=*/true);
+      SinkhornColumns columns = measure();
+      move(columns, 1.0);
+      return;
+    }
+    problem_.exact_columns(epsilon_, f_.data(), g_.data());
+    for (double& g : g_) {
+      g *= options_.tau_b;
+    }
   }
 
   // cost symmetric and a = b: one vector, f <- (f + tau F(f)) / 2. Every sweep measures the f that
@@ -316,8 +332,8 @@ class SinkhornDriver {
       }
       const bool good = options_.tol > 0.0 && result.error <= options_.tol;
       const bool stuck = options_.tol > 0.0 && floor_.reached(result.error, total_a_);
-      const bool may_stop = k + 1 >= options_.min_iter && (k + 1) % options_.inner_iter == 0 &&
-                            !annealing;
+      const bool may_stop =
+          k + 1 >= options_.min_iter && (k + 1) % options_.inner_iter == 0 && !annealing;
       if (last || ((good || stuck) && may_stop)) {
         result.converged = result.error <= options_.tol && !annealing;
         break;
@@ -327,7 +343,8 @@ class SinkhornDriver {
         if (!(a_[i] > 0)) {
           continue;
         }
-        f_[i] = 0.5 * (f_[i] + options_.tau_a * (alpha_[i] - epsilon_ * log_sum_[i]));
+        const double updated = alpha_[i] - epsilon_ * std::log(static_cast<double>(row_sum_[i]));
+        f_[i] = 0.5 * (f_[i] + options_.tau_a * updated);
         log_u_[i] = static_cast<A>((f_[i] - alpha_[i]) / epsilon_);
         log_v_[i] = static_cast<A>((f_[i] - g_[i]) / epsilon_);  // g_ keeps what shift_ holds
         v_[i] = std::exp(log_v_[i]);
@@ -341,7 +358,7 @@ class SinkhornDriver {
     mass_ = 0.0;
     for (int64_t i = 0; i < rows_; ++i) {
       if (a_[i] > 0) {  // row sums of the plan of (f, f)
-        mass_ += a_[i] * std::exp((f_[i] - alpha_[i]) / epsilon_ + log_sum_[i]);
+        mass_ += a_[i] * row_sum_[i] * std::exp((f_[i] - alpha_[i]) / epsilon_);
       }
     }
     g_ = f_;
@@ -372,7 +389,7 @@ class SinkhornDriver {
     sweep.v = v_.data();
     sweep.alpha = alpha_.data();
     sweep.log_u = log_u_.data();
-    sweep.log_sum = options_.symmetric ? log_sum_.data() : nullptr;
+    sweep.row_sum = row_sum_.data();
     sweep.tau = tau;
     sweep.omega = omega;
     sweep.f_old = f_.data();
@@ -407,20 +424,24 @@ class SinkhornDriver {
     if (!from_kernel) {
       problem_.begin_sweep(sweep);
     }
-    std::vector<double> residuals(2 * blocks_, 0.0);
+    if (from_kernel && exact_rows_ && !(tau == 1.0 && omega == 1.0)) {
+      read_log_u();
+    }
+    std::fill(residuals_.begin(), residuals_.end(), 0.0);
     for_blocks([&](int64_t block, int64_t begin, int64_t end, A* scratch) {
       A* partial = with_columns ? partial_ + block * padded_ : nullptr;
-      double* residual = residuals.data() + 2 * block;
+      double* residual = residuals_.data() + 2 * block;
       if (from_kernel) {
         problem_.kernel().kernel_sweep(sweep, begin, end, partial, residual);
       } else {
         problem_.log_sweep(sweep, begin, end, partial, scratch, residual);
       }
     });
+    exact_rows_ = tau == 1.0 && omega == 1.0;
     row_residual_[0] = row_residual_[1] = 0.0;
     for (int64_t block = 0; block < blocks_; ++block) {
-      row_residual_[0] += residuals[2 * block];
-      row_residual_[1] = std::max(row_residual_[1], residuals[2 * block + 1]);
+      row_residual_[0] += residuals_[2 * block];
+      row_residual_[1] = std::max(row_residual_[1], residuals_[2 * block + 1]);
     }
   }
 
@@ -478,8 +499,19 @@ class SinkhornDriver {
     }
   }
 
+  // log u of rows that the last sweep updated exactly, which left it out.
+  void read_log_u() {
+    for (int64_t i = 0; i < rows_; ++i) {
+      log_u_[i] = static_cast<A>(-std::log(static_cast<double>(row_sum_[i])));
+    }
+    exact_rows_ = false;
+  }
+
   // f and g from anchors and factors; the factors of the columns are then spent.
   void read_potentials() {
+    if (exact_rows_) {
+      read_log_u();
+    }
     for (int64_t i = 0; i < rows_; ++i) {
       if (a_[i] > 0) {
         f_[i] = static_cast<double>(alpha_[i]) + epsilon_ * static_cast<double>(log_u_[i]);
@@ -507,7 +539,6 @@ class SinkhornDriver {
       SinkhornSweep sweep = describe(1.0, 1.0);
       sweep.kernel = nullptr;
       sweep.a = unit.data();
-      sweep.log_sum = nullptr;
       sweep.cold = true;
       problem_.begin_sweep(sweep);
       double residual[2] = {};
@@ -516,8 +547,7 @@ class SinkhornDriver {
       for (int64_t i = 0; i < rows_; ++i) {
         if (!(a_[i] > 0)) {
           problem_.log_sweep(sweep, i, i + 1, nullptr, scratch, residual);
-          f_[i] = options_.tau_a * (static_cast<double>(alpha_[i]) +
-                                    epsilon_ * static_cast<double>(log_u_[i]));
+          f_[i] = options_.tau_a * (alpha_[i] - epsilon_ * std::log(double{row_sum_[i]}));
         }
       }
     }
@@ -544,8 +574,7 @@ class SinkhornDriver {
     const double rho = tau * epsilon_ / (1.0 - tau);
     for (int64_t i = 0; i < count; ++i) {
       if (weight[i] > 0) {
-        total += weight[i] *
-                 (tau == 1.0 ? potential[i] : -rho * std::expm1(-potential[i] / rho));
+        total += weight[i] * (tau == 1.0 ? potential[i] : -rho * std::expm1(-potential[i] / rho));
       }
     }
     return total;
@@ -558,13 +587,14 @@ class SinkhornDriver {
   int64_t rows_, columns_, padded_;
   const SinkhornOptions& options_;
   double target_epsilon_, epsilon_ = 0.0, total_a_ = 0.0, total_b_ = 0.0, mass_ = 0.0;
-  bool parallel_, kernel_valid_ = false, cold_ = true;
+  bool parallel_, kernel_valid_ = false, cold_ = true, exact_rows_ = false;
   int64_t blocks_;
   Relaxation relaxation_;
   RoundingFloor floor_;
   double row_residual_[2] = {};
-  std::vector<double> f_, g_;  // g_ is beta while a sweep's factors v are in use
-  std::vector<A> a_, b_, alpha_, log_u_, log_sum_, v_, log_v_, sum_, shift_;
+  std::vector<double> residuals_;  // of each block, (sum, max)
+  std::vector<double> f_, g_;      // g_ is beta while a sweep's factors v are in use
+  std::vector<A> a_, b_, alpha_, log_u_, row_sum_, v_, log_v_, sum_, shift_;
   std::unique_ptr<char[]> partial_storage_, kernel_storage_;
   A *partial_ = nullptr, *kernel_ = nullptr;
 };
