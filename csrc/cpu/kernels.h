@@ -102,7 +102,7 @@ struct SinkhornColumns {
   const void* b;        // A [padded], 0 in the padding
   const void* shift;    // as above
   void* v;              // A [padded]
-  void* log_v;          // A [padded]
+  void* log_v;          // A [padded]; neither read nor moved where omega = tau = 1
   void* sum;            // A [padded], total of `partial`
   // Results of `measure`.
   double residual_sum, residual_max, mass, lowest_ratio;

@@ -36,9 +36,10 @@ inline std::vector<int64_t> read_sizes(const std::string& name, const std::optio
     const int64_t* data = static_cast<const int64_t*>(dense.const_data_ptr());
     for (int64_t item = 0; item < batch; ++item) {
       result[item] = data[item];
-      check(data[item] >= 0 && data[item] <= largest,
-            name + " must lie in [0, " + std::to_string(largest) + "], got " +
-                std::to_string(data[item]) + " for item " + std::to_string(item));
+      if (data[item] < 0 || data[item] > largest) {
+        check(false, name + " must lie in [0, " + std::to_string(largest) + "], got " +
+                         std::to_string(data[item]) + " for item " + std::to_string(item));
+      }
     }
   }
   return result;
@@ -48,9 +49,10 @@ template <typename A>
 double checked_mass(const std::string& name, const A* weight, int64_t count, int64_t item) {
   double total = 0.0;
   for (int64_t i = 0; i < count; ++i) {
-    check(weight[i] >= 0 && weight[i] < std::numeric_limits<A>::infinity(),
-          name + " must be finite and not negative, got " + std::to_string(weight[i]) +
-              " at position " + std::to_string(i) + " of item " + std::to_string(item));
+    if (!(weight[i] >= 0 && weight[i] < std::numeric_limits<A>::infinity())) {
+      check(false, name + " must be finite and not negative, got " + std::to_string(weight[i]) +
+                       " at position " + std::to_string(i) + " of item " + std::to_string(item));
+    }
     total += weight[i];
   }
   return total;
@@ -62,9 +64,11 @@ void check_masses(const SinkhornBatch& batch, bool balanced) {
     const double rows = checked_mass("a", batch.row_masses<A>(item), batch.rows[item], item);
     const double columns =
         checked_mass("b", batch.column_masses<A>(item), batch.columns[item], item);
-    check(!balanced || std::fabs(rows - columns) <= 1e-4 * std::max(rows, columns),
-          "a and b must have equal sums in a balanced problem, got " + std::to_string(rows) +
-              " and " + std::to_string(columns) + " for item " + std::to_string(item));
+    if (balanced && !(std::fabs(rows - columns) <= 1e-4 * std::max(rows, columns))) {
+      check(false, "a and b must have equal sums in a balanced problem, got " +
+                       std::to_string(rows) + " and " + std::to_string(columns) + " for item " +
+                       std::to_string(item));
+    }
   }
 }
 
@@ -80,8 +84,9 @@ inline SinkhornBatch read_batch(StorageType type, const Tensor& a, const Tensor&
   const double* values = static_cast<const double*>(dense.const_data_ptr());
   batch.epsilon.assign(values, values + batch.size);
   for (const double value : batch.epsilon) {
-    check(value > 0.0 && value < std::numeric_limits<double>::infinity(),
-          "epsilon must be positive and finite, got " + std::to_string(value));
+    if (!(value > 0.0 && value < std::numeric_limits<double>::infinity())) {
+      check(false, "epsilon must be positive and finite, got " + std::to_string(value));
+    }
   }
   balanced = balanced && batch.max_rows > 0 && batch.max_columns > 0;
   if (type == kDouble) {
@@ -159,10 +164,11 @@ SinkhornTensors solve_batch(const SinkhornBatch& batch, const SinkhornOptions& o
               static_cast<A*>(g.mutable_data_ptr()) + item * batch.max_columns);
   });
   for (int64_t item = 0; item < batch.size; ++item) {
-    check(!found[item].invalid,
-          costs + " must be finite where both weights are positive, which item " +
-              std::to_string(item) +
-              " is not (NaN, -inf, or a row or column without a finite entry)");
+    if (found[item].invalid) {
+      check(false, costs + " must be finite where both weights are positive, which item " +
+                       std::to_string(item) +
+                       " is not (NaN, -inf, or a row or column without a finite entry)");
+    }
     static_cast<A*>(value.mutable_data_ptr())[item] = static_cast<A>(found[item].value);
     static_cast<A*>(error.mutable_data_ptr())[item] = static_cast<A>(found[item].error);
     static_cast<int64_t*>(iterations.mutable_data_ptr())[item] = found[item].iterations;

@@ -359,21 +359,31 @@ static void sinkhorn_move(SinkhornColumns& problem) {
   const A tau = static_cast<A>(problem.tau), omega = static_cast<A>(problem.omega);
   const A anchor_scale = static_cast<A>((1.0 - problem.tau) / problem.epsilon);
   const A remainder = static_cast<A>(1.0 - problem.tau);
-  const bool exact = problem.tau == 1.0 && problem.omega == 1.0;
   A drift = 0;
-#pragma omp simd reduction(max : drift)
-  for (int64_t j = 0; j < problem.columns; ++j) {
-    const bool counts = b[j] > 0;
-    const A ratio = counts ? b[j] / sum[j] : A{1};
-    A moved = logarithm(ratio);
-    if (!exact) {  // log v of g = tau G is tau log(b / sum) - (1 - tau) beta / epsilon
-      const A anchor = counts ? anchor_scale * shift[j] - remainder * logarithm(b[j]) : A{0};
-      moved = log_v[j] + omega * (tau * moved - anchor - log_v[j]);
+  if (problem.tau == 1.0 && problem.omega == 1.0) {
+    A largest = 1, smallest = 1;
+#pragma omp simd reduction(max : largest) reduction(min : smallest)
+    for (int64_t j = 0; j < problem.columns; ++j) {
+      const A ratio = b[j] > 0 ? b[j] / sum[j] : A{1};
+      v[j] = ratio;
+      largest = ratio > largest ? ratio : largest;
+      smallest = ratio < smallest ? ratio : smallest;
     }
-    log_v[j] = moved;
-    v[j] = exact ? ratio : exponential(moved);
-    const A size = moved < 0 ? -moved : moved;
-    drift = size > drift ? size : drift;
+    const A above = std::log(largest), below = -std::log(smallest);
+    drift = above > below ? above : below;
+  } else {
+#pragma omp simd reduction(max : drift)
+    for (int64_t j = 0; j < problem.columns; ++j) {
+      // log v of g = tau G is tau log(b / sum) - (1 - tau) beta / epsilon
+      const bool counts = b[j] > 0;
+      const A ratio = counts ? b[j] / sum[j] : A{1};
+      const A anchor = counts ? anchor_scale * shift[j] - remainder * logarithm(b[j]) : A{0};
+      const A moved = log_v[j] + omega * (tau * logarithm(ratio) - anchor - log_v[j]);
+      log_v[j] = moved;
+      v[j] = exponential(moved);
+      const A size = moved < 0 ? -moved : moved;
+      drift = size > drift ? size : drift;
+    }
   }
   problem.drift = drift;
 }

@@ -492,6 +492,11 @@ class SinkhornDriver {
       return;
     }
     columns.omega = omega;
+    const bool exact = omega == 1.0 && options_.tau_b == 1.0;
+    if (exact_columns_ && !exact) {
+      read_log_v();
+    }
+    exact_columns_ = exact;
     problem_.kernel().move(columns);
     if (!kernel_valid_ || columns.drift > kMaxDrift) {
       read_potentials();
@@ -499,7 +504,7 @@ class SinkhornDriver {
     }
   }
 
-  // log u of rows that the last sweep updated exactly, which left it out.
+  // log u and log v of the last update, if that was exact and left them out.
   void read_log_u() {
     for (int64_t i = 0; i < rows_; ++i) {
       log_u_[i] = static_cast<A>(-std::log(static_cast<double>(row_sum_[i])));
@@ -507,10 +512,20 @@ class SinkhornDriver {
     exact_rows_ = false;
   }
 
+  void read_log_v() {
+    for (int64_t j = 0; j < columns_; ++j) {
+      log_v_[j] = static_cast<A>(std::log(static_cast<double>(v_[j])));
+    }
+    exact_columns_ = false;
+  }
+
   // f and g from anchors and factors; the factors of the columns are then spent.
   void read_potentials() {
     if (exact_rows_) {
       read_log_u();
+    }
+    if (exact_columns_) {
+      read_log_v();
     }
     for (int64_t i = 0; i < rows_; ++i) {
       if (a_[i] > 0) {
@@ -587,7 +602,7 @@ class SinkhornDriver {
   int64_t rows_, columns_, padded_;
   const SinkhornOptions& options_;
   double target_epsilon_, epsilon_ = 0.0, total_a_ = 0.0, total_b_ = 0.0, mass_ = 0.0;
-  bool parallel_, kernel_valid_ = false, cold_ = true, exact_rows_ = false;
+  bool parallel_, kernel_valid_ = false, cold_ = true, exact_rows_ = false, exact_columns_ = false;
   int64_t blocks_;
   Relaxation relaxation_;
   RoundingFloor floor_;
