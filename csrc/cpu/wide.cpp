@@ -2,6 +2,7 @@
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
+#include "sparse_ot_kernels.h"
 
 namespace regularizers::REGULARIZERS_ISA {
 
@@ -28,6 +29,8 @@ const Kernels& kernels() {
       {masked_linear_cross_entropy_kernels<float>(), masked_linear_cross_entropy_kernels<double>(),
        masked_linear_cross_entropy_kernels<bfloat16>(),
        masked_linear_cross_entropy_kernels<float16>()},
+      {sparse_ot_kernels<float>(), sparse_ot_kernels<double>(), sparse_ot_kernels<bfloat16>(),
+       sparse_ot_kernels<float16>()},
   };
   return table;
 }

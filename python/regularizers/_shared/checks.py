@@ -20,6 +20,12 @@ def check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
 
 
+def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value`` is above 0 and finite."""
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
 def check_at_least(name: str, value: int, least: int) -> None:
     """Raise unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -3,11 +3,23 @@
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
+from regularizers.ops.sparse_ot import (
+    TransportDual,
+    sparse_projection,
+    sparse_transport_plan,
+    transport_dual,
+    transport_plan,
+)
 
 __all__ = [
+    "TransportDual",
     "dropout_mask",
     "dropout_samples",
     "multi_sample_dropout_cross_entropy",
     "philox_4x32",
     "philox_words",
+    "sparse_projection",
+    "sparse_transport_plan",
+    "transport_dual",
+    "transport_plan",
 ]
