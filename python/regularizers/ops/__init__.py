@@ -3,6 +3,7 @@
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
+from regularizers.ops import transport_potentials as _transport_potentials  # noqa: F401 (registers)
 from regularizers.ops.sparse_ot import (
     TransportDual,
     sparse_projection,
