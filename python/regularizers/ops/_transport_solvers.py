@@ -12,11 +12,11 @@ from torch import Tensor
 from regularizers.ops.sparse_ot import DUAL, ENTROPIC, PLAN
 
 # Line search (A. Lewis, M. Overton, 2013): enough decrease, and a slope that has become flatter.
-DECREASE, CURVATURE, LONGEST_SEARCH = 1e-4, 0.9, 30
+DECREASE, CURVATURE, LONGEST_SEARCH = 1e-4, 0.9, 20
 MEMORY = 10
-# An item is finished when the value has changed by less than this part of itself so many times: by
-# rounding, in the type of the kernels.
-LEAST_CHANGE, PATIENCE = {torch.float32: 1e-9, torch.float64: 1e-15}, 5
+# An item is finished when, so many times in a row, neither its value has fallen by this part of
+# itself (rounding, in the type of the kernels) nor its misplaced mass by a tenth.
+LEAST_CHANGE, PATIENCE = {torch.float32: 1e-9, torch.float64: 1e-14}, 10
 # Values that differ by less than this part of themselves count as one when the iterate is chosen.
 SAME_VALUE = 5e-6
 
@@ -167,17 +167,16 @@ def lbfgs(problem: Problem, x: Tensor, max_iter: int, tol: float) -> State:
         direction = _where(uphill, -first_scale.unsqueeze(-1) * state.g, direction)
         x, f, g, moved = _line_search(problem, state, direction)
         history.push(x - state.x, g - state.g, moved)
-        small = state.f - f <= LEAST_CHANGE[problem.a.dtype] * f.abs()
-        unchanged = torch.where(small & moved, unchanged + 1, 0)
         stuck = state.running & ~moved
         if stuck.any():  # once more along the gradient, then the item is as good as it gets
             history.forget(stuck)
-        finished = (error(g) < tol) | (stuck & was_stuck) | (unchanged >= PATIENCE)
         state.iterations += state.running
         state.x, state.f, state.g = x, f, g
+        progress = best.see(state, LEAST_CHANGE[problem.a.dtype])
+        unchanged = torch.where(progress, 0, unchanged + 1)
+        finished = (error(g) < tol) | (stuck & was_stuck) | (unchanged >= PATIENCE)
         state.running = state.running & ~finished
         was_stuck = stuck
-        best.see(state)
     return best.state
 
 
@@ -191,13 +190,16 @@ class _Best:
 
     def __init__(self, state: State) -> None:
         self.state = dataclasses.replace(state)
-        self.misplaced = state.g.abs().sum(-1)
         self.least = state.f
+        self.misplaced = self.least_misplaced = state.g.abs().sum(-1)
 
-    def see(self, new: State) -> None:
-        """Compare with a further iterate, item by item."""
+    def see(self, new: State, change: float = 0.0) -> Tensor:
+        """Compare with a further iterate, item by item; tell whose value or marginals improved."""
         old, misplaced = self.state, new.g.abs().sum(-1)
-        self.least = torch.minimum(self.least, new.f)
+        progress = new.f < self.least - change * self.least.abs()
+        progress |= misplaced < 0.9 * self.least_misplaced
+        self.least_misplaced = torch.minimum(misplaced, self.least_misplaced)
+        self.least = torch.where(new.f < self.least, new.f, self.least)
         bound = self.least + SAME_VALUE * self.least.abs()
         better = (new.f <= bound) & ((misplaced < self.misplaced) | (old.f > bound))
         self.misplaced = torch.where(better, misplaced, self.misplaced)
@@ -208,6 +210,7 @@ class _Best:
             new.running,
             new.iterations,
         )
+        return progress
 
 
 def _line_search(

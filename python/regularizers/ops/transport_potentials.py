@@ -102,11 +102,19 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     cost, a, b, gamma, _, _, k, regularizer, dual, *_, backend = inputs
     alpha, beta, iterations = output
     ctx.mark_non_differentiable(iterations)
+    ctx.set_materialize_grads(False)  # the envelope theorem sends nothing here
     ctx.save_for_backward(alpha, beta, cost, b, gamma)
     ctx.options = (k, regularizer, dual, backend)
 
 
-def _rule(ctx: Any, grad_alpha: Tensor, grad_beta: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _rule(
+    ctx: Any, grad_alpha: Tensor | None, grad_beta: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...]:
+    if grad_alpha is None and grad_beta is None:
+        return (None,) * 15
+    alpha, beta, *_ = ctx.saved_tensors
+    grad_alpha = torch.zeros_like(alpha) if grad_alpha is None else grad_alpha
+    grad_beta = torch.zeros_like(beta) if grad_beta is None else grad_beta
     by_cost, by_a, by_b = torch.ops.regularizers.transport_potentials_backward(
         grad_alpha, grad_beta, *ctx.saved_tensors, *ctx.options
     )
