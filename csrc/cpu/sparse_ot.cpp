@@ -226,6 +226,14 @@ std::tuple<Tensor, Tensor> transport_sparse_plan(const Tensor& alpha,
 // Rows of a task: enough elements to hide the hand-over.
 int64_t row_grain(int64_t size) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, size)); }
 
+void check_sums(const Tensor& z) {
+  const Tensor wide = torch::stable::to(z, ScalarType::Double);
+  const double* values = static_cast<const double*>(wide.const_data_ptr());
+  for (int64_t row = 0; row < z.numel(); ++row) {
+    check(values[row] >= 0.0, "z must be at least 0, got " + std::to_string(values[row]));
+  }
+}
+
 Tensor sparse_projection(const Tensor& v, const std::optional<Tensor>& z, int64_t k) {
   const Tensor from = torch::stable::contiguous(v);
   const Tensor out =
@@ -238,6 +246,9 @@ Tensor sparse_projection(const Tensor& v, const std::optional<Tensor>& z, int64_
   const SparseOtKernels& kernel = kernels().sparse_ot[type];
   const std::optional<Tensor> sums =
       z.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*z)) : std::nullopt;
+  if (sums.has_value()) {
+    check_sums(*sums);
+  }
   const SparseProjection problem{size, std::min(k, size), from.const_data_ptr(),
                                  sums.has_value() ? sums->const_data_ptr() : nullptr,
                                  out.mutable_data_ptr()};

@@ -6,14 +6,14 @@ import torch
 import regularizers
 from regularizers.ops import dropout_mask, dropout_samples
 from regularizers.ops.dropout import DROPOUT_SAMPLES, DROPOUT_SAMPLES_ADJOINT
-from tests.harness import OperatorContract, Sample
+from tests.harness import RandomOperatorContract, Sample
 
 
 def _rate(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
-class TestContract(OperatorContract):
+class TestContract(RandomOperatorContract):
     bitwise_across_threads = True
     autocast_dtype = torch.float32  # dropout keeps its input's type under autocast
     scheduled = {"p": (0.0, 1.0)}

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 import regularizers
 from regularizers.ops import dropout_samples, multi_sample_dropout_cross_entropy
 from regularizers.ops.masked_linear_cross_entropy import BACKWARD, FORWARD
-from tests.harness import OperatorContract, Sample, forward_and_gradients
+from tests.harness import RandomOperatorContract, Sample, forward_and_gradients
 
 
 def _rate(value):
@@ -32,7 +32,7 @@ def _unfused(x, weight, bias, target, *, p, num_samples, seed, **options):
     ).mean(0)
 
 
-class TestContract(OperatorContract):
+class TestContract(RandomOperatorContract):
     bitwise_across_threads = False
     autocast_dtype = torch.float32
     scheduled = {"p": (0.0, 0.9), "label_smoothing": (0.0, 0.9)}

@@ -58,14 +58,12 @@ class Problem:
 
     def of(self, items: Tensor) -> Problem:
         """Return the problem of some items."""
-        return dataclasses.replace(
-            self, cost=self.cost[items], a=self.a[items], b=self.b[items]
-        )
+        return dataclasses.replace(self, cost=self.cost[items], a=self.a[items], b=self.b[items])
 
 
 @dataclass
 class State:
-    """Where the items of a batch are: x, minus the value there, its gradient, and who still runs."""
+    """Where the items of a batch are: x, minus the value, its gradient, and who still runs."""
 
     x: Tensor
     f: Tensor
@@ -225,9 +223,7 @@ def _line_search(
     x, f, g = state.x, state.f, state.g
     noise = 4 * torch.finfo(problem.a.dtype).eps * f0.abs()
     for _ in range(LONGEST_SEARCH):
-        there = torch.where(
-            searching.unsqueeze(-1), state.x + step.unsqueeze(-1) * direction, x
-        )
+        there = torch.where(searching.unsqueeze(-1), state.x + step.unsqueeze(-1) * direction, x)
         f_there, g_there = problem.evaluate(there)
         slope = (g_there * direction).sum(-1)
         # Close to the optimum the value is noise; then a slope that has not turned round decides

@@ -72,9 +72,7 @@ def sparse_projection(
     rows = v.movedim(dim, -1)
     count = rows.shape[-1] if k is None else min(k, rows.shape[-1])
     sums = None if z is None else _sums(z, rows)
-    projected = (
-        _projection(rows, sums, count) if transformed() else PROJECTION(rows, sums, count)
-    )
+    projected = _projection(rows, sums, count) if transformed() else PROJECTION(rows, sums, count)
     result: Tensor = projected.movedim(-1, dim)
     return result
 
@@ -122,7 +120,7 @@ def _projection_reference(v: Tensor, z: Tensor | None, k: int) -> Tensor:
 
 
 def _check_sums(z: Tensor | None) -> None:
-    if z is not None and z.device.type == "cpu" and bool((z < 0).any()):
+    if z is not None and z.device.type == "cpu" and not bool((z >= 0).all()):
         raise ValueError(f"z must be at least 0, got {z.min().item():g}")
 
 
@@ -257,15 +255,11 @@ def transport_dual(
         2022, arXiv 2209.15466; formulas read in POT's ``ot.smooth``.
     """
     call = _transport_arguments(alpha, beta, cost, a, b, gamma, regularizer, k)
-    alpha, beta, cost, a, b, strength, count, code = call
-    batch = cost.shape[:-2]
-    if transformed():
-        found = _dual(*call)
-    else:
-        found = DUAL(*_as_batch(*call), False)
+    alpha, _, cost, _, b, *_ = call
+    found = _dual(*call) if transformed() else DUAL(*_as_batch(*call), False)
     value, grad_alpha, grad_beta = found
     return TransportDual(
-        value.to(alpha.dtype).reshape(batch),
+        value.to(alpha.dtype).reshape(cost.shape[:-2]),
         grad_alpha.detach().reshape(alpha.shape),
         grad_beta.detach().reshape(b.shape),
     )
@@ -366,8 +360,7 @@ def sparse_transport_plan(
     alpha, beta, cost, _, b, strength, count, _ = call
     if transformed():
         plan = _plan(alpha, beta, cost, b, strength, count, QUADRATIC)
-        rows = _sparse(plan.detach(), count)[1]
-        return plan.gather(-1, rows), rows
+        return _sparse(plan, count)
     alpha, beta, cost_, _, b, *_ = _as_batch(*call)
     values, rows = SPARSE_PLAN(alpha, beta, cost_, b, strength, count)
     shape = (*cost.shape[:-1], count)
@@ -387,7 +380,7 @@ def _transport_arguments(
     regularizer: str,
     k: int | None,
 ) -> _Call:
-    """Check the arguments of the public functions; vectors come in the type that sums are made in."""
+    """Check the public functions' arguments; vectors come in the type that sums are made in."""
     check_floating("cost", cost)
     if cost.dim() < 2 or cost.shape[-1] < 1:
         raise ValueError(f"cost must have shape [*, n, m >= 1], got {list(cost.shape)}")
@@ -419,9 +412,7 @@ def _as_batch(
     alpha: Tensor, beta: Tensor | None, cost: Tensor, a: Any, b: Tensor, *rest: Any
 ) -> tuple[Any, ...]:
     """Merge the batch dimensions into one, as the operators take them."""
-    vectors = (
-        None if v is None else v.reshape(-1, v.shape[-1]) for v in (alpha, beta, a, b)
-    )
+    vectors = (None if v is None else v.reshape(-1, v.shape[-1]) for v in (alpha, beta, a, b))
     alpha, beta, a, b = vectors  # type: ignore[assignment]
     return alpha, beta, cost.reshape(-1, *cost.shape[-2:]), a, b, *rest
 
@@ -432,9 +423,7 @@ def _scores(alpha: Tensor, beta: Tensor | None, cost: Tensor) -> Tensor:
     return s if beta is None else s + beta.unsqueeze(-1)
 
 
-def _wide_plan(
-    s: Tensor, dual: bool, b: Tensor, gamma: Tensor, k: int, regularizer: int
-) -> Tensor:
+def _wide_plan(s: Tensor, dual: bool, b: Tensor, gamma: Tensor, k: int, regularizer: int) -> Tensor:
     """Compute the plan [*, n, m] from scores in plain, differentiable PyTorch."""
     if regularizer == ENTROPIC:
         return (s / gamma - 1).exp() if dual else b.unsqueeze(-1) * (s / gamma).softmax(-1)
@@ -590,7 +579,7 @@ def _plan_rule(backend: str | None, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     by_cost, by_b = plan_vjp(backend, grad, plan, b, gamma, ctx.dual, ctx.regularizer)
     by_alpha = by_cost.sum(-2, dtype=b.dtype)
     by_beta = by_cost.sum(-1, dtype=b.dtype) if ctx.dual else None
-    return by_alpha, by_beta, -by_cost, by_b, *(None,) * 3
+    return by_alpha, by_beta, -by_cost, torch.zeros_like(b) if by_b is None else by_b, *(None,) * 3
 
 
 def plan_vjp(
@@ -636,21 +625,21 @@ def _sparse_plan_fake(
 def _sparse_plan_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     values, rows = output
     ctx.mark_non_differentiable(rows)
-    ctx.save_for_backward(inputs[4], values, rows)
+    ctx.save_for_backward(inputs[3], inputs[4], values, rows)
     ctx.rows = inputs[2].shape[-1]
     ctx.dual = inputs[1] is not None
 
 
 def _sparse_plan_rule(backend: str | None, ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     """Differentiate the kept entries, then put them where they belong."""
-    gamma, values, rows = ctx.saved_tensors
+    b, gamma, values, rows = ctx.saved_tensors
     by_scores, mean = PROJECTION_BACKWARD.kernel(backend)(grad, values, not ctx.dual)
     by_scores = by_scores / gamma.to(by_scores.dtype)
     dense = by_scores.new_zeros(*rows.shape[:-1], ctx.rows).scatter_add(-1, rows, by_scores)
-    wide = accumulate_dtype(values.dtype)
-    by_alpha = dense.sum(-2, dtype=wide)
-    by_beta = dense.sum(-1, dtype=wide) if ctx.dual else None
-    return by_alpha, by_beta, -dense, None if ctx.dual else mean.to(wide), None, None
+    by_alpha = dense.sum(-2, dtype=b.dtype)
+    by_beta = dense.sum(-1, dtype=b.dtype) if ctx.dual else None
+    by_b = torch.zeros_like(b) if ctx.dual else mean.to(b.dtype)
+    return by_alpha, by_beta, -dense, by_b, None, None
 
 
 _POTENTIALS = "Tensor alpha, Tensor? beta, Tensor cost"

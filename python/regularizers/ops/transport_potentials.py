@@ -67,9 +67,7 @@ def solve(
     return alpha.contiguous(), found_beta.contiguous(), state.iterations
 
 
-def _check_values(
-    cost: Tensor, a: Tensor, b: Tensor, gamma: Tensor, k: int, strict: bool
-) -> None:
+def _check_values(cost: Tensor, a: Tensor, b: Tensor, gamma: Tensor, k: int, strict: bool) -> None:
     """Check values: a solver reads its state at every step, so that this costs little more."""
     if not gamma.item() > 0:
         raise ValueError(f"gamma must be positive, got {gamma.item()}")
@@ -99,7 +97,7 @@ def _fake(cost: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor, 
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cost, a, b, gamma, _, _, k, regularizer, dual, *_, backend = inputs
+    cost, _, b, gamma, _, _, k, regularizer, dual, *_, backend = inputs
     alpha, beta, iterations = output
     ctx.mark_non_differentiable(iterations)
     ctx.set_materialize_grads(False)  # the envelope theorem sends nothing here
@@ -145,9 +143,7 @@ def implicit_vjp(
     by eliminating the second block; then :math:`\bar a, \bar b = \lambda` and
     :math:`\bar C_{ij} = W_{ij} (\lambda_i + \lambda_j) / \gamma`.
     """
-    plan = PLAN.kernel(backend)(
-        alpha, beta if dual else None, cost, b, gamma, k, regularizer
-    )
+    plan = PLAN.kernel(backend)(alpha, beta if dual else None, cost, b, gamma, k, regularizer)
     weights = solvers.curvature_weights(plan, regularizer).to(alpha.dtype)
     columns = weights.sum(-1)
     inverse_columns = torch.where(columns > 0, 1 / columns, 0)

@@ -1,4 +1,4 @@
-"""Euclidean projections on the simplex, on its sparse part, and on the sparse nonnegative vectors."""
+"""Projections on the simplex, on its sparse part, and on the sparse nonnegative vectors."""
 
 from __future__ import annotations
 
@@ -40,13 +40,11 @@ def project_simplex(v: Tensor, z: float | Tensor = 1.0, *, dim: int = -1) -> Ten
     return sparse_projection(v, z, dim=dim)
 
 
-def project_sparse_simplex(
-    v: Tensor, k: int, z: float | Tensor = 1.0, *, dim: int = -1
-) -> Tensor:
+def project_sparse_simplex(v: Tensor, k: int, z: float | Tensor = 1.0, *, dim: int = -1) -> Tensor:
     r"""Project on the vectors of a simplex with at most ``k`` nonzeros.
 
-    .. math:: P_k(v) = \operatorname{argmin}_{t \ge 0,\; \sum_i t_i = z,\; \|t\|_0 \le k} \|t - v\|^2
-        = P\big(\mathrm{top}_k(v)\big)
+    .. math:: P_k(v) = P\big(\mathrm{top}_k(v)\big) =
+        \operatorname{argmin}_{t \ge 0,\; \sum_i t_i = z,\; \|t\|_0 \le k} \|t - v\|^2
 
     All but the k largest entries are masked *first*, then what is left is projected; projecting and
     then truncating would be another point. Of entries that tie at the k-th place the first count.

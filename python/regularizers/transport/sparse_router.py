@@ -1,4 +1,4 @@
-"""A router of tokens to experts by sparse transport: balanced by construction, no balancing loss."""
+"""A router of tokens to experts by sparse transport: balanced by construction."""
 
 from __future__ import annotations
 
