@@ -109,7 +109,10 @@ struct Batch {
   // Calls body(item, task, first column, last column, scratch) for every task, on all threads.
   template <typename Body>
   void run(const Body& body) const {
-    torch::stable::parallel_for(0, items * tasks, 1, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kSerialElements = 1 << 16;  // some 10 us: waking a thread costs as much
+    const int64_t all = items * tasks;
+    const int64_t grain = items * columns * rows < kSerialElements ? all : 1;
+    torch::stable::parallel_for(0, all, grain, [&](int64_t begin, int64_t end) {
       Scratch scratch(rows, kernel().padding, type);
       for (int64_t index = begin; index < end; ++index) {
         const int64_t task = index % tasks;
@@ -224,7 +227,7 @@ std::tuple<Tensor, Tensor> transport_sparse_plan(const Tensor& alpha,
 }
 
 // Rows of a task: enough elements to hide the hand-over.
-int64_t row_grain(int64_t size) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, size)); }
+int64_t row_grain(int64_t size) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, size)); }
 
 void check_sums(const Tensor& z) {
   const Tensor wide = torch::stable::to(z, ScalarType::Double);

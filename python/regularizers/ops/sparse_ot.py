@@ -576,10 +576,11 @@ def _plan_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _plan_rule(backend: str | None, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Return J(grad) for the cost, its sums for the potentials, and what belongs to b."""
     b, gamma, plan = ctx.saved_tensors
-    by_cost, by_b = plan_vjp(backend, grad, plan, b, gamma, ctx.dual, ctx.regularizer)
-    by_alpha = by_cost.sum(-2, dtype=b.dtype)
-    by_beta = by_cost.sum(-1, dtype=b.dtype) if ctx.dual else None
-    return by_alpha, by_beta, -by_cost, torch.zeros_like(b) if by_b is None else by_b, *(None,) * 3
+    by_scores, by_b = plan_vjp(backend, grad, plan, b, gamma, ctx.dual, ctx.regularizer)
+    by_alpha = by_scores.sum(-2, dtype=b.dtype)
+    by_beta = by_scores.sum(-1, dtype=b.dtype) if ctx.dual else None
+    by_cost = -by_scores.to(plan.dtype)
+    return by_alpha, by_beta, by_cost, torch.zeros_like(b) if by_b is None else by_b, *(None,) * 3
 
 
 def plan_vjp(
@@ -599,14 +600,13 @@ def plan_vjp(
     strength = gamma.to(b.dtype)
     if regularizer == QUADRATIC:
         by_scores, mean = PROJECTION_BACKWARD.kernel(backend)(grad, plan, not dual)
-        return (by_scores / strength).to(plan.dtype), None if dual else mean.to(b.dtype)
+        return by_scores.to(b.dtype) / strength, None if dual else mean.to(b.dtype)
     wide, cotangent = plan.to(b.dtype), grad.to(b.dtype)
     if dual:
-        return (wide * cotangent / strength).to(plan.dtype), None
+        return wide * cotangent / strength, None
     mass = torch.where(b > 0, b, 1)
     mean = torch.where(b > 0, (wide * cotangent).sum(-1) / mass, 0)
-    by_scores = wide * (cotangent - mean.unsqueeze(-1)) / strength
-    return by_scores.to(plan.dtype), mean
+    return wide * (cotangent - mean.unsqueeze(-1)) / strength, mean
 
 
 def _sparse_plan_reference(
