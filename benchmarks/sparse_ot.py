@@ -152,9 +152,7 @@ def _eager_projection(v: Tensor, k: int) -> Tensor:
     return torch.zeros_like(v).scatter(-1, order, kept)
 
 
-def _projection(
-    shape: tuple[int, int], k: int | None, device: str, compiled: bool = False
-) -> Case:
+def _projection(shape: tuple[int, int], k: int | None, device: str, compiled: bool = False) -> Case:
     v = torch.randn(shape, device=device)
     count = shape[-1] if k is None else min(k, shape[-1])
     peers = {

@@ -42,7 +42,10 @@ def main() -> None:
 def draw_plans(axes: list[plt.Axes]) -> None:
     """Show plans between two histograms on a line, densest first."""
     places = torch.linspace(0, 1, 48, dtype=torch.float64)
-    bump = lambda centre, width: torch.exp(-((places - centre) ** 2) / (2 * width**2))
+
+    def bump(centre: float, width: float) -> Tensor:
+        return torch.exp(-((places - centre) ** 2) / (2 * width**2))
+
     a = bump(0.25, 0.1) + 0.6 * bump(0.7, 0.08) + 0.02
     b = bump(0.5, 0.16) + 0.02
     a, b = a / a.sum(), b / b.sum()

@@ -30,6 +30,7 @@ def project_simplex(v: Tensor, z: float | Tensor = 1.0, *, dim: int = -1) -> Ten
             dimension of ``v``.
 
     Example:
+        >>> import torch
         >>> project_simplex(torch.tensor([0.5, 1.0, 0.2]))
         tensor([0.2500, 0.7500, 0.0000])
 
@@ -63,6 +64,7 @@ def project_sparse_simplex(v: Tensor, k: int, z: float | Tensor = 1.0, *, dim: i
         ValueError: ``k`` is below 1, or as for :func:`project_simplex`.
 
     Example:
+        >>> import torch
         >>> project_sparse_simplex(torch.tensor([0.5, 0.4, 0.3]), 2)
         tensor([0.5500, 0.4500, 0.0000])
 
@@ -91,6 +93,7 @@ def project_sparse_nonneg(v: Tensor, k: int, *, dim: int = -1) -> Tensor:
         ValueError: ``k`` is below 1, or ``dim`` is no dimension of ``v``.
 
     Example:
+        >>> import torch
         >>> project_sparse_nonneg(torch.tensor([1.0, -1.0, 2.0, 0.5]), 2)
         tensor([1., 0., 2., 0.])
 

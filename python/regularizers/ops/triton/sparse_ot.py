@@ -206,7 +206,7 @@ def _project(v, z, out, size, k, BLOCK: tl.constexpr):
         total = tl.load(z + row).to(ACC)
         top = tl.max(s, 0)
         # With no mass at all any positive sum keeps the iteration finite; its result is dropped.
-        t, theta = _simplex(s - top, tl.where(total > 0, total, 1.0), BLOCK)
+        t, _ = _simplex(s - top, tl.where(total > 0, total, 1.0), BLOCK)
         t = tl.where(total > 0, t, 0.0)
     t = tl.where(broken, float("nan"), t)
     tl.store(out + row * size + place, t.to(out.dtype.element_ty), inside)
