@@ -107,6 +107,7 @@ struct SparseProjectionBackward {
 struct SparseOtScratch {
   void* score;  // A
   void* value;  // A
+  void* peak;   // A, a quarter of a row
   int32_t* index;
 };
 

@@ -19,10 +19,11 @@ class Scratch {
   Scratch(int64_t size, int64_t padding, StorageType type)
       : row_bytes_(static_cast<size_t>(divide_up(size, padding) * padding) *
                    static_cast<size_t>(accumulate_bytes(type))),
-        bytes_(2 * row_bytes_),
+        bytes_(2 * row_bytes_ + row_bytes_ / 4),
         index_(static_cast<size_t>(size)) {}
 
-  SparseOtScratch get() { return {bytes_.data(), bytes_.data() + row_bytes_, index_.data()}; }
+  SparseOtScratch get() { return {bytes_.data(), bytes_.data() + row_bytes_, bytes_.data() + 2 * row_bytes_,
+            index_.data()}; }
 
  private:
   size_t row_bytes_;

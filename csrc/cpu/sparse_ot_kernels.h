@@ -48,13 +48,46 @@ static inline uint32_t lanes_from(const double* s, double floor) {
 template <typename A>
 static constexpr A kLowest = -__builtin_inf();
 
-// Fills the rest of the last vector, which then never counts.
+// Scores are worked on in blocks of four vectors; the largest of each block, lane by lane, is kept.
+constexpr int kBlockVectors = 4;
+template <typename A>
+constexpr int kBlock = kBlockVectors * kLanes<A>;
+
+// Fills the rest of the last block, which then never counts.
 template <typename A>
 static inline void pad(A* values, int64_t size) {
-  for (int64_t i = size; i % kLanes<A> != 0; ++i) {
+  for (int64_t i = size; i % kBlock<A> != 0; ++i) {
     values[i] = kLowest<A>;
   }
 }
+
+// The larger of two, lane by lane; b where a is NaN. GCC makes two instructions of a > b ? a : b.
+static inline Vector<float> larger(Vector<float> a, Vector<float> b) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static inline Vector<double> larger(Vector<double> a, Vector<double> b) {
+#if defined(__AVX512F__)
+  return (Vector<double>)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  return (Vector<double>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// The scores of a row and, a vector for each block, the largest in it.
+template <typename A>
+struct Scores {
+  A* score;
+  A* peak;
+};
 
 // The survivors of one row: values and their places in the row, in order of place.
 template <typename A>
@@ -64,55 +97,58 @@ struct Survivors {
   int64_t count;
 };
 
-template <typename A>
-static inline A largest(const A* s, int64_t size) {
-  Vector<A> top = broadcast(kLowest<A>);
-  for (int64_t i = 0; i < size; i += kLanes<A>) {
-    const Vector<A> next = load(s + i);
-    top = next > top ? next : top;
-  }
-  A result = top[0];
-  for (int lane = 1; lane < kLanes<A>; ++lane) {
-    result = top[lane] > result ? top[lane] : result;
-  }
-  return result;
-}
-
-// s_i = alpha_i + shift - c_i; returns the largest. alpha may be null: then s_i = c_i.
+// s_i = alpha_i - c_i + shift; returns the largest. alpha may be null: then s_i = c_i.
 template <typename T, typename A>
-static inline A fill_scores(const T* c, const A* alpha, A shift, int64_t size, A* s) {
+static inline A fill_scores(const T* c, const A* alpha, A shift, int64_t size,
+                            const Scores<A>& out) {
+  constexpr int kWidth = kLanes<A>;
+  A* s = out.score;
+  A* peak = out.peak;
+  Vector<A> top = broadcast(kLowest<A>);
+  const auto block_peak = [&](Vector<A> v0, Vector<A> v1, Vector<A> v2, Vector<A> v3) {
+    const Vector<A> largest = larger(larger(v0, v1), larger(v2, v3));
+    store(peak, largest);
+    peak += kWidth;
+    top = larger(largest, top);
+  };
+  int64_t done = 0;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    const Vector<A> moved = broadcast(shift);
+    const auto blocks = [&](const auto& at) {
+      for (; done + kBlock<A> <= size; done += kBlock<A>) {
+        Vector<A> v[kBlockVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kBlockVectors; ++j) {
+          v[j] = at(done + j * kWidth);
+          store(s + done + j * kWidth, v[j]);
+        }
+        block_peak(v[0], v[1], v[2], v[3]);
+      }
+    };
+    if (alpha == nullptr) {
+      blocks([&](int64_t i) { return load(c + i); });
+    } else {
+      blocks([&](int64_t i) { return load(alpha + i) - load(c + i) + moved; });
+    }
+  }
   if (alpha == nullptr) {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
+    for (int64_t i = done; i < size; ++i) {
       s[i] = widen(c[i]);
     }
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
+    for (int64_t i = done; i < size; ++i) {
       s[i] = alpha[i] - widen(c[i]) + shift;
     }
   }
   pad(s, size);
-  return largest(s, size);
-}
-
-// Same, in one pass, where no conversion is in the way. The order of operations is the same.
-template <typename A>
-static inline A fill_scores(const A* c, const A* alpha, A shift, int64_t size, A* s) {
-  const int64_t whole = size / kLanes<A> * kLanes<A>;
-  Vector<A> top = broadcast(kLowest<A>);
-  const Vector<A> moved = broadcast(shift);
-  for (int64_t i = 0; i < whole; i += kLanes<A>) {
-    const Vector<A> next = alpha == nullptr ? load(c + i) : load(alpha + i) - load(c + i) + moved;
-    store(s + i, next);
-    top = next > top ? next : top;
+  for (; done < size; done += kBlock<A>) {
+    block_peak(load(s + done), load(s + done + kWidth), load(s + done + 2 * kWidth),
+               load(s + done + 3 * kWidth));
   }
-  for (int64_t i = whole; i < size; ++i) {
-    s[i] = alpha == nullptr ? c[i] : alpha[i] - c[i] + shift;
-  }
-  pad(s, size);
-  A result = whole < size ? largest(s + whole, size - whole) : kLowest<A>;
-  for (int lane = 0; lane < kLanes<A>; ++lane) {
+  A result = top[0];
+  for (int lane = 1; lane < kWidth; ++lane) {
     result = top[lane] > result ? top[lane] : result;
   }
   return result;
@@ -127,15 +163,21 @@ static inline A simplex_floor(A top, A z) {
   return top - z >= kSmallest ? top - z : kSmallest;
 }
 
-// Entries of s from `floor` up, in order.
+// Scores from `floor` up, in order.
 template <typename A>
-static inline void filter(const A* s, int64_t size, A floor, Survivors<A>& kept) {
+static inline void filter(const Scores<A>& scores, int64_t size, A floor, Survivors<A>& kept) {
   int64_t count = 0;
-  for (int64_t first = 0; first < size; first += kLanes<A>) {
-    for (uint32_t bits = lanes_from(s + first, floor); bits != 0; bits &= bits - 1) {
-      const int64_t i = first + __builtin_ctz(bits);
-      kept.value[count] = s[i];
-      kept.index[count++] = static_cast<int32_t>(i);
+  const A* peak = scores.peak;
+  for (int64_t block = 0; block < size; block += kBlock<A>, peak += kLanes<A>) {
+    if (lanes_from(peak, floor) == 0) {
+      continue;
+    }
+    for (int64_t first = block; first < block + kBlock<A>; first += kLanes<A>) {
+      for (uint32_t bits = lanes_from(scores.score + first, floor); bits != 0; bits &= bits - 1) {
+        const int64_t i = first + __builtin_ctz(bits);
+        kept.value[count] = scores.score[i];
+        kept.index[count++] = static_cast<int32_t>(i);
+      }
     }
   }
   kept.count = count;
@@ -276,21 +318,21 @@ struct ColumnResult {
 
 // Omega(t) = gamma / 2 |t|^2, at most k nonzeros.
 template <typename T, typename A = Accumulate<T>>
-static inline ColumnResult quadratic_column(const TransportProblem& problem, int64_t j, A* score,
-                                            Survivors<A>& kept) {
+static inline ColumnResult quadratic_column(const TransportProblem& problem, int64_t j,
+                                            const Scores<A>& scores, Survivors<A>& kept) {
   const bool dual = problem.beta != nullptr;
   const A gamma = static_cast<A>(problem.gamma);
   const A shift = dual ? static_cast<const A*>(problem.beta)[j] : A(0);
   const A top = fill_scores(static_cast<const T*>(problem.cost) + j * problem.rows,
-                            static_cast<const A*>(problem.alpha), shift, problem.rows, score);
+                            static_cast<const A*>(problem.alpha), shift, problem.rows, scores);
   kept.count = 0;
   ColumnResult result{0.0, 0.0};
   if (dual) {
     if (!(top > 0)) {
       return result;
     }
-    filter(score, problem.rows, A(0), kept);
-    keep_largest(problem.k, top, A(0), score, kept);
+    filter(scores, problem.rows, A(0), kept);
+    keep_largest(problem.k, top, A(0), scores.score, kept);
     double squares = 0.0, total = 0.0;
     for (int64_t i = 0; i < kept.count; ++i) {
       const A s = kept.value[i];
@@ -306,8 +348,8 @@ static inline ColumnResult quadratic_column(const TransportProblem& problem, int
     return result;
   }
   const A z = gamma * mass, floor = simplex_floor(top, z);
-  filter(score, problem.rows, floor, kept);
-  keep_largest(problem.k, top, floor, score, kept);
+  filter(scores, problem.rows, floor, kept);
+  keep_largest(problem.k, top, floor, scores.score, kept);
   const A theta = project_survivors(top, z, kept);
   // sum s t - gamma / 2 |t|^2 with s = theta + gamma t on the support.
   double squares = 0.0;
@@ -320,13 +362,15 @@ static inline ColumnResult quadratic_column(const TransportProblem& problem, int
 
 // Omega(t) = gamma sum t log t. The column itself is left in `score`.
 template <typename T, typename A = Accumulate<T>>
-static inline ColumnResult entropic_column(const TransportProblem& problem, int64_t j, A* score) {
+static inline ColumnResult entropic_column(const TransportProblem& problem, int64_t j,
+                                           const Scores<A>& scores) {
+  A* score = scores.score;
   const bool dual = problem.beta != nullptr;
   const int64_t rows = problem.rows;
   const A inverse = static_cast<A>(1.0 / problem.gamma);
   const A shift = dual ? static_cast<const A*>(problem.beta)[j] : A(0);
   const A top = fill_scores(static_cast<const T*>(problem.cost) + j * rows,
-                            static_cast<const A*>(problem.alpha), shift, rows, score);
+                            static_cast<const A*>(problem.alpha), shift, rows, scores);
   // t_i = factor exp((s_i - origin) / gamma)
   const A origin = dual ? static_cast<A>(problem.gamma) : top;
   A total = 0;
@@ -352,6 +396,11 @@ static inline ColumnResult entropic_column(const TransportProblem& problem, int6
 }
 
 template <typename A>
+static inline Scores<A> scores_in(const SparseOtScratch& scratch) {
+  return {static_cast<A*>(scratch.score), static_cast<A*>(scratch.peak)};
+}
+
+template <typename A>
 static inline Survivors<A> survivors(const SparseOtScratch& scratch) {
   return {static_cast<A*>(scratch.value), scratch.index, 0};
 }
@@ -363,19 +412,19 @@ static double transport_dual(const TransportProblem& problem, const SparseOtScra
   using A = Accumulate<T>;
   A* row_sums = static_cast<A*>(row_sums_);
   A* slopes = static_cast<A*>(slopes_);
-  A* score = static_cast<A*>(scratch.score);
+  const Scores<A> scores = scores_in<A>(scratch);
   Survivors<A> kept = survivors<A>(scratch);
   double total = 0.0;
   for (int64_t j = begin; j < end; ++j) {
     ColumnResult column;
     if (problem.regularizer == kEntropic) {
-      column = entropic_column<T>(problem, j, score);
+      column = entropic_column<T>(problem, j, scores);
 #pragma omp simd
       for (int64_t i = 0; i < problem.rows; ++i) {
-        row_sums[i] += score[i];
+        row_sums[i] += scores.score[i];
       }
     } else {
-      column = quadratic_column<T>(problem, j, score, kept);
+      column = quadratic_column<T>(problem, j, scores, kept);
       for (int64_t i = 0; i < kept.count; ++i) {
         row_sums[kept.index[i]] += kept.value[i];
       }
@@ -390,19 +439,19 @@ template <typename T>
 static void transport_plan(const TransportProblem& problem, const SparseOtScratch& scratch,
                            int64_t begin, int64_t end, void* plan) {
   using A = Accumulate<T>;
-  A* score = static_cast<A*>(scratch.score);
+  const Scores<A> scores = scores_in<A>(scratch);
   Survivors<A> kept = survivors<A>(scratch);
   for (int64_t j = begin; j < end; ++j) {
     T* column = static_cast<T*>(plan) + j * problem.rows;
     if (problem.regularizer == kEntropic) {
-      entropic_column<T>(problem, j, score);
+      entropic_column<T>(problem, j, scores);
 #pragma omp simd
       for (int64_t i = 0; i < problem.rows; ++i) {
-        column[i] = narrow<T>(score[i]);
+        column[i] = narrow<T>(scores.score[i]);
       }
       continue;
     }
-    quadratic_column<T>(problem, j, score, kept);
+    quadratic_column<T>(problem, j, scores, kept);
     std::memset(column, 0, static_cast<size_t>(problem.rows) * sizeof(T));
     for (int64_t i = 0; i < kept.count; ++i) {
       column[kept.index[i]] = narrow<T>(kept.value[i]);
@@ -417,7 +466,7 @@ static void transport_sparse_plan(const TransportProblem& problem, const SparseO
   using A = Accumulate<T>;
   Survivors<A> kept = survivors<A>(scratch);
   for (int64_t j = begin; j < end; ++j) {
-    quadratic_column<T>(problem, j, static_cast<A*>(scratch.score), kept);
+    quadratic_column<T>(problem, j, scores_in<A>(scratch), kept);
     T* column = static_cast<T*>(values) + j * problem.k;
     int64_t* place = indices + j * problem.k;
     for (int64_t i = 0; i < problem.k; ++i) {
@@ -433,16 +482,16 @@ static void sparse_projection(const SparseProjection& problem, const SparseOtScr
                               int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   const int64_t size = problem.size;
-  A* score = static_cast<A*>(scratch.score);
+  const Scores<A> scores = scores_in<A>(scratch);
   Survivors<A> kept = survivors<A>(scratch);
   for (int64_t row = begin; row < end; ++row) {
     const T* v = static_cast<const T*>(problem.v) + row * size;
     T* out = static_cast<T*>(problem.out) + row * size;
-    const A top = fill_scores(v, static_cast<const A*>(nullptr), A(0), size, score);
+    const A top = fill_scores(v, static_cast<const A*>(nullptr), A(0), size, scores);
     bool ordered = true;
 #pragma omp simd reduction(&& : ordered)
     for (int64_t i = 0; i < size; ++i) {
-      ordered = ordered && score[i] == score[i];
+      ordered = ordered && scores.score[i] == scores.score[i];
     }
     if (!ordered) {
       for (int64_t i = 0; i < size; ++i) {
@@ -456,8 +505,8 @@ static void sparse_projection(const SparseProjection& problem, const SparseOtScr
       continue;
     }
     const A floor = problem.z == nullptr ? A(0) : simplex_floor(top, z);
-    filter(score, size, floor, kept);
-    keep_largest(problem.k, top, floor, score, kept);
+    filter(scores, size, floor, kept);
+    keep_largest(problem.k, top, floor, scores.score, kept);
     if (problem.z != nullptr) {
       project_survivors(top, z, kept);
     }
@@ -499,7 +548,7 @@ static void sparse_projection_backward(const SparseProjectionBackward& problem, 
 
 template <typename T>
 static constexpr SparseOtKernels sparse_ot_kernels() {
-  return {kLanes<Accumulate<T>>,    transport_dual<T>,    transport_plan<T>,
+  return {kBlock<Accumulate<T>>,    transport_dual<T>,    transport_plan<T>,
           transport_sparse_plan<T>, sparse_projection<T>, sparse_projection_backward<T>};
 }
 
