@@ -22,8 +22,10 @@ class Scratch {
         bytes_(2 * row_bytes_ + row_bytes_ / 4),
         index_(static_cast<size_t>(size)) {}
 
-  SparseOtScratch get() { return {bytes_.data(), bytes_.data() + row_bytes_, bytes_.data() + 2 * row_bytes_,
-            index_.data()}; }
+  SparseOtScratch get() {
+    return {bytes_.data(), bytes_.data() + row_bytes_, bytes_.data() + 2 * row_bytes_,
+            index_.data()};
+  }
 
  private:
   size_t row_bytes_;

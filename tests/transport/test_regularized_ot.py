@@ -21,6 +21,7 @@ from regularizers.transport import (
 from tests.harness import MethodContract
 
 TIGHT = {"tol": 1e-12, "max_iter": 1000}
+KINKS = {"tol": 1e-12, "max_iter": 200}  # where ties keep the marginals from being met
 FORMULATIONS = ("semi_dual", "dual")
 SMOOTH = (SquaredL2(0.7), Entropic(0.2), SparsityConstrained(0.7, 8))  # k above every support
 
@@ -78,7 +79,7 @@ def test_weak_regularizer_gives_the_value_of_unregularized_transport():
 def test_dual_value_does_not_fall_as_k_does():
     cost = _cost(10, 6)
     values = [
-        regularized_ot(cost, regularizer=SparsityConstrained(1.0, k), **TIGHT).dual_value.item()
+        regularized_ot(cost, regularizer=SparsityConstrained(1.0, k), **KINKS).dual_value.item()
         for k in (2, 3, 4, 10)
     ]
     quadratic = regularized_ot(cost, regularizer=SquaredL2(1.0), **TIGHT).dual_value.item()
@@ -91,7 +92,7 @@ def test_columns_have_at_most_k_nonzeros_and_their_mass(k):
     regularizer = SparsityConstrained(1.0, k)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = regularized_ot(_cost(10, 6), regularizer=regularizer)
+        found = regularized_ot(_cost(10, 6), regularizer=regularizer, max_iter=50)
     assert found.nnz.max() <= k
     torch.testing.assert_close(found.plan.sum(0), torch.full((6,), 1 / 6, dtype=torch.float64))
 
@@ -100,7 +101,7 @@ def test_ties_leave_a_row_error_that_is_reported():
     cost = _cost(10, 6)
     errors = []
     for k in (2, 3, 10):
-        found = regularized_ot(cost, regularizer=SparsityConstrained(1.0, k), **TIGHT)
+        found = regularized_ot(cost, regularizer=SparsityConstrained(1.0, k), **KINKS)
         row_error = (found.plan.sum(1) - 0.1).abs().sum()
         torch.testing.assert_close(found.row_error, row_error)
         assert found.converged == (k == 10)

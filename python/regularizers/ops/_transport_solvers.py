@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,13 @@ def _where(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(condition.view(-1, *(1,) * (new.dim() - 1)), new, old)
 
 
+def _choose(condition: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Return the new tensors of the items that meet the condition, the old ones of the others."""
+    if condition.all():  # nearly always, of a single problem
+        return new
+    return tuple(_where(condition, n, o) for n, o in zip(new, old, strict=True))
+
+
 class _History:
     """The last MEMORY steps s and changes y of the gradient, in rings that all items share.
 
@@ -117,10 +125,12 @@ class _History:
         """
         curvature = (step * change).sum(-1)
         wanted = wanted & (curvature > 1e-10 * step.norm(dim=-1) * change.norm(dim=-1))
-        pair = torch.stack((step, change), 1) * wanted.view(-1, 1, 1)
+        pair = torch.stack((step, change), 1)
+        if not wanted.all():
+            pair *= wanted.view(-1, 1, 1)
         place = self.newest = (self.newest + 1) % MEMORY
-        self.pairs[:, [place, MEMORY + place]] = pair
-        by_step, by_change = (self.pairs @ pair.mT).unbind(-1)
+        self.pairs[:, place], self.pairs[:, MEMORY + place] = pair[:, 0], pair[:, 1]
+        by_step, by_change = self.pairs.bmm(pair.mT).unbind(-1)
         self.products[:, place] = by_step[:, MEMORY:]
         self.products[:, :, place] = by_change[:, :MEMORY]
         self.squares[:, place] = self.squares[:, :, place] = by_change[:, MEMORY:]
@@ -142,9 +152,10 @@ class _History:
             (diagonal == 0).to(g.dtype)
         )
         inverse = torch.linalg.inv_ex(triangle).inverse
-        by_step, by_change = (self.pairs @ g.unsqueeze(-1)).split(MEMORY, 1)
-        u = inverse @ by_step
-        v = inverse.mT @ (diagonal.unsqueeze(-1) * u + scale * (self.squares @ u - by_change))
+        by_step, by_change = self.pairs.bmm(g.unsqueeze(-1)).split(MEMORY, 1)
+        u = inverse.bmm(by_step)
+        change = self.squares.bmm(u) - by_change
+        v = inverse.mT.bmm(diagonal.unsqueeze(-1) * u + scale * change)
         weights = torch.cat((v, -scale * u), 1)
         return -(scale * g.unsqueeze(-1)).baddbmm(self.pairs.mT, weights).squeeze(-1)
 
@@ -162,7 +173,8 @@ def lbfgs(problem: Problem, x: Tensor, max_iter: int, tol: float) -> State:
             break
         direction = history.direction(state.g)
         uphill = ~((state.g * direction).sum(-1) < 0)
-        direction = _where(uphill, -first_scale.unsqueeze(-1) * state.g, direction)
+        if uphill.any():
+            direction = _where(uphill, -first_scale.unsqueeze(-1) * state.g, direction)
         x, f, g, moved = _line_search(problem, state, direction)
         history.push(x - state.x, g - state.g, moved)
         stuck = state.running & ~moved
@@ -201,13 +213,8 @@ class _Best:
         bound = self.least + SAME_VALUE * self.least.abs()
         better = (new.f <= bound) & ((misplaced < self.misplaced) | (old.f > bound))
         self.misplaced = torch.where(better, misplaced, self.misplaced)
-        self.state = State(
-            _where(better, new.x, old.x),
-            torch.where(better, new.f, old.f),
-            _where(better, new.g, old.g),
-            new.running,
-            new.iterations,
-        )
+        x, f, g = _choose(better, (new.x, new.f, new.g), (old.x, old.f, old.g))
+        self.state = State(x, f, g, new.running, new.iterations)
         return progress
 
 
@@ -232,9 +239,7 @@ def _line_search(
         lower |= (f_there <= f0 + noise) & (slope <= (2 * DECREASE - 1) * slope0)
         flatter = slope >= CURVATURE * slope0
         better = searching & lower
-        x, f, g = (
-            _where(better, new, old) for new, old in ((there, x), (f_there, f), (g_there, g))
-        )
+        x, f, g = _choose(better, (there, f_there, g_there), (x, f, g))
         searching = searching & ~(lower & flatter)
         if not searching.any():
             break
