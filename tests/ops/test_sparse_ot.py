@@ -10,7 +10,8 @@ from regularizers.ops import (
     transport_dual,
     transport_plan,
 )
-from regularizers.ops.sparse_ot import DUAL, PLAN, PROJECTION, PROJECTION_BACKWARD, SPARSE_PLAN
+from regularizers.ops.sparse_ot import DUAL, PLAN, SPARSE_PLAN
+from regularizers.ops.sparse_projection import PROJECTION, PROJECTION_BACKWARD
 from tests.harness import OperatorContract, Sample
 
 GAMMA = torch.tensor(0.7, dtype=torch.float64)

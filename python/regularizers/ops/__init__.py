@@ -6,11 +6,11 @@ from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cr
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
 from regularizers.ops.sparse_ot import (
     TransportDual,
-    sparse_projection,
     sparse_transport_plan,
     transport_dual,
     transport_plan,
 )
+from regularizers.ops.sparse_projection import sparse_projection
 
 __all__ = [
     "TransportDual",

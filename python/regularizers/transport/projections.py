@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from regularizers.ops.sparse_ot import sparse_projection
+from regularizers.ops.sparse_projection import sparse_projection
 
 
 def project_simplex(v: Tensor, z: float | Tensor = 1.0, *, dim: int = -1) -> Tensor:

@@ -19,13 +19,15 @@ from regularizers.ops.sparse_ot import (
     ENTROPIC,
     QUADRATIC,
     _check_gamma,
-    _check_sums,
     _dual_reference,
     _plan_reference,
+    _sparse_plan_reference,
+)
+from regularizers.ops.sparse_projection import (
+    _check_sums,
     _projection_backward_fake,
     _projection_backward_reference,
     _projection_reference,
-    _sparse_plan_reference,
 )
 
 # A longer row does not fit the registers of one program: the reference serves it.
