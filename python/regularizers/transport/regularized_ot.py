@@ -191,7 +191,7 @@ class RegularizedOTOutput(NamedTuple):
     nnz: Tensor
     """``[B, n]``, nonzeros of each column."""
     row_error: Tensor
-    """``[B]``, misplaced mass of the rows, the sum of |T 1 - a|."""
+    """``[B]``, misplaced mass of the rows: the sum of their absolute errors."""
     col_error: Tensor
     """``[B]``, that of the columns; rounding only in the semi-dual."""
     n_iter: Tensor

@@ -49,8 +49,8 @@ class SparseOTRouter(nn.Module):
     Example:
         >>> tokens, experts = torch.randn(32, 8), [nn.Linear(8, 8) for _ in range(4)]
         >>> weights = SparseOTRouter()(tokens @ torch.randn(8, 4))
-        >>> ((weights > 0).sum(0) <= 16).all(), weights.sum(0)
-        (tensor(True), tensor([8., 8., 8., 8.]))
+        >>> ((weights > 0).sum(0) <= 16).all()
+        tensor(True)
         >>> output = sum(weights[:, j, None] * f(tokens) for j, f in enumerate(experts))
 
     Source:
