@@ -217,6 +217,59 @@ struct SketchKernels {
   double (*quantile)(const Quantile& problem, int64_t view, int64_t begin, int64_t end);
 };
 
+enum TransportRegularizer : int64_t { kEntropic = 0, kQuadratic = 1 };
+
+// Semi-dual (beta is null) or dual of one regularized transport problem with an m x n plan. A is
+// the accumulation type.
+struct TransportProblem {
+  int64_t rows, columns;  // m, n
+  const void* cost;       // T [n][m]: row j is column j of the cost matrix
+  const void* alpha;      // A [m]
+  const void* beta;       // A [n] or null
+  const void* mass;       // A [n], the column sums b
+  double gamma;
+  int64_t k;  // nonzeros a column may have; at most m
+  int64_t regularizer;
+};
+
+struct SparseProjection {
+  int64_t size, k;
+  const void* v;  // T [rows][size]
+  const void* z;  // T [rows] or null
+  void* out;      // T [rows][size]
+};
+
+struct SparseProjectionBackward {
+  int64_t size;
+  const void* grad;  // T [rows][size]
+  const void* out;   // T [rows][size], the projection
+  void* grad_v;      // T [rows][size]
+  void* grad_z;      // T [rows] or null
+};
+
+// Scratch of one task: each holds a row, rounded up to `padding` elements.
+struct SparseOtScratch {
+  void* score;  // A
+  void* value;  // A
+  void* peak;   // A, a quarter of a row
+  int32_t* index;
+};
+
+struct SparseOtKernels {
+  int64_t padding;
+  // Columns [begin, end): adds to row_sums A [m], writes slopes A [n] (beta_j in the semi-dual,
+  // the mass of the column in the dual), returns the sum of the conjugates.
+  double (*dual)(const TransportProblem& problem, const SparseOtScratch& scratch, int64_t begin,
+                 int64_t end, void* row_sums, void* slopes);
+  void (*plan)(const TransportProblem& problem, const SparseOtScratch& scratch, int64_t begin,
+               int64_t end, void* plan);
+  void (*sparse_plan)(const TransportProblem& problem, const SparseOtScratch& scratch,
+                      int64_t begin, int64_t end, void* values, int64_t* indices);
+  void (*project)(const SparseProjection& problem, const SparseOtScratch& scratch, int64_t begin,
+                  int64_t end);
+  void (*project_backward)(const SparseProjectionBackward& problem, int64_t begin, int64_t end);
+};
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
@@ -224,6 +277,7 @@ struct Kernels {
   SinkhornKernels sinkhorn[kStorageTypes];
   SinkhornPointsKernels sinkhorn_points[2];  // of float and double: points are widened first
   SketchKernels sketch[2];                   // kFloat, kDouble
+  SparseOtKernels sparse_ot[kStorageTypes];
 };
 
 namespace baseline {

@@ -5,6 +5,7 @@
 #include "sinkhorn_kernels.h"
 #include "sinkhorn_points_kernels.h"
 #include "sketch_kernels.h"
+#include "sparse_ot_kernels.h"
 
 namespace regularizers::REGULARIZERS_ISA {
 
@@ -35,6 +36,8 @@ const Kernels& kernels() {
        sinkhorn_kernels<float16>()},
       {sinkhorn_points_kernels<float>(), sinkhorn_points_kernels<double>()},
       {sketch_kernels<float>(), sketch_kernels<double>()},
+      {sparse_ot_kernels<float>(), sparse_ot_kernels<double>(), sparse_ot_kernels<bfloat16>(),
+       sparse_ot_kernels<float16>()},
   };
   return table;
 }

@@ -7,6 +7,21 @@ from regularizers.transport.potential_flow import (
     PotentialNet,
     wave_residual,
 )
+from regularizers.transport.projections import (
+    project_simplex,
+    project_sparse_nonneg,
+    project_sparse_simplex,
+)
+from regularizers.transport.regularized_ot import (
+    Entropic,
+    OTRegularizer,
+    RegularizedOTLoss,
+    RegularizedOTOutput,
+    SparsityConstrained,
+    SquaredL2,
+    regularized_ot,
+    sparse_plan,
+)
 from regularizers.transport.sigreg import SIGReg, sigreg
 from regularizers.transport.sketching import (
     CramerVonMises,
@@ -17,6 +32,7 @@ from regularizers.transport.sketching import (
     SlicedStatistic,
     random_slices,
 )
+from regularizers.transport.sparse_router import SparseOTRouter
 from regularizers.transport.subspace_sigreg import SubspaceSIGReg, subspace_sigreg
 from regularizers.transport.traversal_losses import (
     negative_elbo,
@@ -32,24 +48,36 @@ from regularizers.transport.visreg import (
 
 __all__ = [
     "CramerVonMises",
+    "Entropic",
     "EppsPulley",
     "GaussianQuantile",
     "Moments",
+    "OTRegularizer",
     "PotentialFlow",
     "PotentialFlowOutput",
     "PotentialNet",
+    "RegularizedOTLoss",
+    "RegularizedOTOutput",
     "SIGReg",
     "SlicedRegularizer",
     "SlicedStatistic",
+    "SparseOTRouter",
+    "SparsityConstrained",
+    "SquaredL2",
     "SubspaceSIGReg",
     "VISReg",
     "invariance_loss",
     "jepa_loss",
     "jepa_world_model_loss",
     "negative_elbo",
+    "project_simplex",
+    "project_sparse_nonneg",
+    "project_sparse_simplex",
     "random_slices",
+    "regularized_ot",
     "sigreg",
     "sliced_gaussian_wasserstein",
+    "sparse_plan",
     "subspace_sigreg",
     "traversal_classification_loss",
     "vae_flow_loss",
