@@ -130,7 +130,7 @@ class RoundingFloor:
     """Errors cannot fall for ever: where rounding holds them up, going on is waste."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._level = 1e-13 if dtype == torch.float64 else 1e-5
+        self.level = 1e-13 if dtype == torch.float64 else 1e-5
         self._best = math.inf
         self._since = 0
 
@@ -140,7 +140,7 @@ class RoundingFloor:
             self._best, self._since = error, 0
             return False
         self._since += 1
-        return self._since >= 20 and error < self._level * mass
+        return self._since >= 20 and error < self.level * mass
 
 
 class Problem:
@@ -180,11 +180,15 @@ def value(
     tau_a: float,
     tau_b: float,
 ) -> Tensor:
-    """Return <P, C> + epsilon KL(P | a b), plus the divergences of the marginals for tau < 1."""
+    """Return <P, C> + epsilon KL(P | a b), plus the divergences of the marginals for tau < 1.
+
+    Batch dimensions come first; ``epsilon`` and ``plan_mass`` may have them too.
+    """
 
     def side(weight: Tensor, potential: Tensor, tau: float) -> Tensor:
         if tau < 1.0:
             rho = tau * epsilon / (1.0 - tau)
+            rho = rho[..., None] if isinstance(rho, Tensor) else rho
             potential = -rho * torch.expm1(-potential / rho)
         return torch.where(weight > 0, weight * potential, 0).sum(-1)
 
