@@ -27,7 +27,7 @@ demo: install
 # Triton's interpreter has to be chosen before import, hence the second process.
 test: install
 	$(RUN) -m pytest tests python/regularizers --doctest-modules --ignore=python/regularizers/ops/triton
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/ops/test_triton.py -m interpreter
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/ops/test_triton*.py -m interpreter
 
 bench: install
 	$(RUN) -m regularizers bench

@@ -32,7 +32,6 @@ TAU_B = tl.constexpr(12)
 OMEGA_ROWS = tl.constexpr(13)  # of the next half-iterations
 OMEGA_COLUMNS = tl.constexpr(14)
 OMEGA = tl.constexpr(15)  # Relaxation
-CAP = tl.constexpr(16)
 REFERENCE = tl.constexpr(17)
 SINCE = tl.constexpr(18)
 LOW = tl.constexpr(19)
@@ -65,7 +64,6 @@ def start(options: Options, a: Tensor, epsilon: Tensor, active: Tensor) -> Tenso
         TAU_B: options.tau_b,
         OMEGA_ROWS: 1.0,  # the first iteration has no f to relax from
         OMEGA: 1.0 if options.symmetric else options.momentum or 1.0,
-        CAP: 1.0,
         BEST: float("inf"),
         LEVEL: RoundingFloor(a.dtype).level,
     }
@@ -173,14 +171,11 @@ def _step(
         tl.store(state + ACTIVE, 0.0)
     else:
         omega = tl.load(state + OMEGA)
-        if ADAPTIVE:
-            cap = tl.load(state + CAP)
-            if annealed:
-                cap = _largest_safe(lowest)
-                omega = _observe(state, omega, error, mass)
-                tl.store(state + OMEGA, omega)
-                tl.store(state + CAP, cap)
-            omega = tl.maximum(1.0, tl.minimum(omega, cap))
+        if ADAPTIVE and annealed:
+            omega = _observe(state, omega, error, mass)
+            tl.store(state + OMEGA, omega)
+            if omega > 1.0:
+                omega = tl.maximum(1.0, tl.minimum(omega, _largest_safe(lowest)))
         factor = tl.load(state + FACTOR) * tl.load(state + DECAY)
         following = epsilon * tl.maximum(factor, 1.0)
         tl.store(state + FACTOR, factor)
