@@ -341,7 +341,8 @@ def check_values(a: Tensor, b: Tensor, epsilon: Tensor, balanced: bool) -> None:
             raise ValueError(f"{name} must be finite and not negative")
     rows, columns = a.sum(-1), b.sum(-1)
     apart = (rows - columns).abs() > 1e-4 * torch.maximum(rows, columns)
-    if balanced and bool(apart.any()):
+    has_points = a.shape[-1] > 0 and b.shape[-1] > 0  # else there is no mass to balance
+    if balanced and has_points and bool(apart.any()):
         item = int(apart.nonzero()[0])
         raise ValueError(
             f"a and b must have equal sums in a balanced problem, got {rows[item].item():g} and "
