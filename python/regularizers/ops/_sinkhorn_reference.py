@@ -30,6 +30,10 @@ class Options:
         """Return the annealed strength of an iteration."""
         return epsilon * max(self.eps_init * self.eps_decay**iteration, 1.0)
 
+    def tests(self, iteration: int) -> bool:
+        """Tell whether an iteration may be the last one before ``max_iter``."""
+        return iteration + 1 >= self.min_iter and (iteration + 1) % self.inner_iter == 0
+
 
 @dataclass
 class Solution:
@@ -83,14 +87,14 @@ class Relaxation:
     def _start(self, mass: float) -> None:
         if self._since < 3 or not self._errors[-1] < 0.5 * mass:
             return
-        rate = self._errors[-1] / self._errors[-2]
-        before = self._errors[-2] / self._errors[-3]
+        rate = _quotient(self._errors[-1], self._errors[-2])
+        before = _quotient(self._errors[-2], self._errors[-3])
         if 0.2 < rate < 1.0 and abs(rate - before) < 0.15 * (1.0 - rate) + 0.02:
             self._settle(2.0 / (1.0 + math.sqrt(max(1.0 - rate, 1e-4))))
 
     def _adjust(self) -> None:
         omega = self._omega
-        rate = (self._errors[-1] / self._errors[-1 - self.WINDOW]) ** (1.0 / self.WINDOW)
+        rate = _quotient(self._errors[-1], self._errors[-1 - self.WINDOW]) ** (1.0 / self.WINDOW)
         if self._errors[-1] > 4.0 * self._reference:
             self._settle(1.0 + 0.5 * (omega - 1.0))  # too bold
         elif rate > omega - 1.0 + 0.02 * (2.0 - omega):
@@ -110,9 +114,13 @@ class Relaxation:
         self._since = self._low = 0
 
 
+def _quotient(x: float, y: float) -> float:
+    return x / y if y != 0.0 else math.nan
+
+
 def _largest_safe(x: float) -> float:
     """Return the largest omega in [1, 2] with x (1 - x^-omega) - omega log x >= 0."""
-    if not x < 1.0:
+    if not x < 1.0 - 1e-6:  # nearer to 1 both terms cancel
         return 2.0
     if not x > 1e-6:
         return 1.0
@@ -237,13 +245,14 @@ def solve(
             break
         good = options.tol > 0.0 and error <= options.tol
         stuck = options.tol > 0.0 and floor.reached(error, mass)
-        may_stop = k + 1 >= options.min_iter and (k + 1) % options.inner_iter == 0 and not annealing
+        may_stop = options.tests(k) and not annealing
         if last or ((good or stuck) and may_stop and omega == 1.0):
             converged = error <= options.tol and not annealing
             break
         if not annealing:
             relaxation.observe(error, mass, (column_sum / column_target)[b > 0].min().item())
-        verify = (good or stuck) and may_stop
+        # Only an exact update of the rows ends the iteration: the next one that tests does it.
+        verify = (good or stuck) and options.tests(k + 1)
         omega = 1.0 if annealing else relaxation.omega
         g = g + omega * (options.tau_b * G - g)
     # Points without mass get the potential that mass there would have.
@@ -275,7 +284,7 @@ def _solve_symmetric(
             break
         good = options.tol > 0.0 and error <= options.tol
         stuck = options.tol > 0.0 and floor.reached(error, mass)
-        may_stop = k + 1 >= options.min_iter and (k + 1) % options.inner_iter == 0 and not annealing
+        may_stop = options.tests(k) and not annealing
         if last or ((good or stuck) and may_stop):
             converged = error <= options.tol and not annealing
             break
