@@ -157,10 +157,10 @@ def _step(
     annealed = now <= epsilon
     good = (error <= tl.load(state + TOL)) & STOPS
     stuck = _stopped_falling(state, error, mass) & STOPS
+    enough = good | stuck
     may_stop = (k + 1 >= min_iter) & ((k + 1) % inner_iter == 0) & annealed
-    enough = (good | stuck) & may_stop
     exact = tl.load(state + OMEGA_ROWS) == 1.0
-    ends = (k + 1 == max_iter) | (enough & exact) | (error != error)
+    ends = (k + 1 == max_iter) | (enough & may_stop & exact) | (error != error)
     tl.store(state + NOW_COLUMNS, now)
     tl.store(state + ITERATIONS, (k + 1).to(tl.float64))
     tl.store(state + ERROR, error)
@@ -181,8 +181,9 @@ def _step(
         tl.store(state + FACTOR, factor)
         tl.store(state + NOW, following)
         tl.store(state + OMEGA_COLUMNS, tl.where(annealed, omega, 1.0))
-        # An error within tol counts only after an exact update of the rows, which is the next one.
-        plain = enough | (k + 2 == max_iter) | (following > epsilon)
+        # Only an exact update of the rows ends the iteration: the next one that tests does it.
+        verifies = enough & (k + 2 >= min_iter) & ((k + 2) % inner_iter == 0)
+        plain = verifies | (k + 2 == max_iter) | (following > epsilon)
         tl.store(state + OMEGA_ROWS, tl.where(plain, 1.0, omega))
 
 
@@ -248,4 +249,4 @@ def _largest_safe(x):
         safe = x * (1.0 - tl.exp(-middle * log_x)) - middle * log_x >= 0.0
         low = tl.where(safe, middle, low)
         high = tl.where(safe, high, middle)
-    return tl.where(x < 1.0, tl.where(x > 1e-6, low, 1.0), 2.0)
+    return tl.where(x < 1.0 - 1e-6, tl.where(x > 1e-6, low, 1.0), 2.0)
