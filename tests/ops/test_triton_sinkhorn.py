@@ -114,16 +114,18 @@ def test_iterations_are_those_of_the_reference(options):
 
 
 def test_over_relaxation_adapts_as_in_the_reference():
-    # 40 iterations with every kind of adjustment; equal counts in float64 say that omega is equal.
+    # Equal counts and errors in float64 say that every omega was equal.
     cost = _rand(9, 8, dtype=torch.float64)
-    found = assert_solved_alike(lambda: sinkhorn(cost, epsilon=0.01, tol=1e-9))
+    found = assert_solved_alike(lambda: sinkhorn(cost, epsilon=0.02, tol=1e-6))
     assert found.n_iter > 20
 
 
-def test_a_rounding_floor_ends_the_iteration_as_in_the_reference():
-    cost = _rand(3, 4, dtype=torch.float64)
-    found = assert_solved_alike(lambda: sinkhorn(cost, epsilon=0.5, tol=1e-30, max_iter=60))
-    assert found.n_iter < 60
+def test_a_rounding_floor_ends_the_iteration():
+    # tol is out of reach, and the error stops falling after about 10 iterations.
+    with regularizers.use_backend("triton"):
+        found = sinkhorn(_rand(3, 4, dtype=torch.float64), epsilon=0.5, tol=1e-30, max_iter=80)
+    assert found.n_iter < 80
+    assert found.marginal_error < 1e-14
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -197,9 +199,7 @@ def test_points_without_mass_take_no_part_and_get_a_potential(symmetric):
     a[2] = a[6] = 0
     cost[2, :] = cost[:, 2] = torch.nan
     a /= a.sum()
-    assert_solved_alike(
-        lambda: sinkhorn(cost, a, a, epsilon=0.2, tol=1e-2, symmetric=symmetric)
-    )
+    assert_solved_alike(lambda: sinkhorn(cost, a, a, epsilon=0.2, tol=1e-2, symmetric=symmetric))
 
 
 def test_an_infinite_cost_forbids():
@@ -335,8 +335,11 @@ def test_points_are_solved_as_by_the_reference(cost, features):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("features", [3, 18])
+@pytest.mark.parametrize(
+    ("features", "dtype"),
+    [(3, torch.float16), (3, torch.float64), (18, torch.float32), (18, torch.bfloat16)],
+    ids=str,
+)
 def test_many_points_are_gone_through_twice(features, dtype):
     x, y = _points(19, 35, features, dtype)
     options = {"epsilon": 0.5, "tol": 1e-2, "tau_a": 0.9}
@@ -444,7 +447,8 @@ def test_products_over_distances_agree_also_at_distance_0(features):
     uniform = [torch.full((1, k), 1 / k, dtype=x.dtype, device=DEVICE) for k in (9, 20)]
     epsilon = torch.tensor([0.7], dtype=torch.float64, device=DEVICE)
     call = (x, y, *uniform, epsilon, f[None], g[None], v, None, None, 1, 1.3, True)
-    for have, want in zip(*(APPLY.kernel(which)(*call) for which in ("triton", "reference"))):
+    results = [APPLY.kernel(which)(*call) for which in ("triton", "reference")]
+    for have, want in zip(*results, strict=True):
         torch.testing.assert_close(have, want, **CLOSE[torch.float64])
 
 

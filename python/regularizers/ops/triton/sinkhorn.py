@@ -91,9 +91,7 @@ def stored_costs(source, item, i, j, rows, columns, ACC: tl.constexpr):
 
 
 @triton.jit
-def _plan(
-    cost, plan, a, b, epsilon, f, g, weight, n, m, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _plan(cost, plan, a, b, epsilon, f, g, weight, n, m, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     item = tl.program_id(1).to(tl.int64)
     column_tiles = tl.cdiv(m, COLUMNS)
     i = (tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS))[:, None]

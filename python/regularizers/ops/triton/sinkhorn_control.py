@@ -6,6 +6,8 @@ there whether an item still iterates, with which strength and by which factor. T
 launches; it may ask, now and then and one question late, whether any item is left.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -50,7 +52,7 @@ COLUMN_STATS = tl.constexpr(4)
 def start(options: Options, a: Tensor, epsilon: Tensor, active: Tensor) -> Tensor:
     """Return the state [B, SLOTS] before the first iteration; ``active [B]`` may be all False."""
     state = epsilon.new_zeros(epsilon.shape[0], SLOTS.value)
-    numbers = {
+    numbers: dict[tl.constexpr, Any] = {
         ACTIVE: active,
         CONVERGED: ~active,  # a problem without points has nothing left to do
         MASS: a.sum(-1, dtype=torch.float64),

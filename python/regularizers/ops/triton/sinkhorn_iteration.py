@@ -21,7 +21,6 @@ beyond, it reads every ASK_EVERY iterations an answer that is as many iterations
 and while a CUDA graph is captured it never asks, and launches all max_iter iterations.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +31,6 @@ from torch import Tensor
 from regularizers.ops._sinkhorn_reference import Options, value, within
 from regularizers.ops.triton import sinkhorn_control as control
 from regularizers.ops.triton.sinkhorn_control import (
-    ACTIVE,
     COLUMN_STATS,
     NOW,
     NOW_COLUMNS,
@@ -100,12 +98,13 @@ def solve(
     if options.symmetric:
         g = f.clone()
     mass, now = state[:, control.PLAN_MASS.value], state[:, NOW.value]
-    wide = (tensor.double() for tensor in (a, b, f, g))
-    found = torch.where(present, value(*wide, mass, now, options.tau_a, options.tau_b), 0)
+    found = value(
+        a.double(), b.double(), f.double(), g.double(), mass, now, options.tau_a, options.tau_b
+    )
     return (
         f,
         g,
-        found.to(a.dtype),
+        torch.where(present, found, 0).to(a.dtype),
         state[:, control.ITERATIONS.value].to(torch.int64),
         state[:, control.ERROR.value].to(a.dtype),
         state[:, control.CONVERGED.value] > 0,
@@ -141,12 +140,14 @@ class _Solver:
         stripes = triton.cdiv(n, costs.rows)
         self._programs = min(stripes, max(1, FILLING_PROGRAMS // count))
         self._used = ((rows + costs.rows - 1) // costs.rows).clamp(max=self._programs)
+        self._F: Tensor | None = None
+        self._partial: Tensor | None = None
+        self._sums: Tensor | None = None
         self._row_stats = state.new_empty(count, self._programs, ROW_STATS.value)
         if options.symmetric:
-            self._F, self._partial, self._sums = torch.zeros_like(f), None, None
+            self._F = torch.zeros_like(f)
             self._column_stats = state.new_empty(count, 1, COLUMN_STATS.value)
         else:
-            self._F = None
             self._partial = b.new_empty(count, self._programs, m)
             self._sums = torch.empty_like(b)
             blocks = triton.cdiv(m, MERGED_COLUMNS)
@@ -393,9 +394,9 @@ def _measure(
 # Sums outside are taken for lost: terms far below them may have underflowed.
 @triton.jit
 def _is_lost(total, ACC: tl.constexpr):
-    least = 1e-290 if ACC == tl.float64 else 1e-30
-    most = 1e290 if ACC == tl.float64 else 1e30
-    return (total > least) & (total < most) == 0
+    least = 1e-290 if ACC.primitive_bitwidth == 64 else 1e-30
+    most = 1e290 if ACC.primitive_bitwidth == 64 else 1e30
+    return ((total > least) & (total < most)) == 0
 
 
 # g <- g + omega (tau G - g) from the sums of the columns, G_j = -log2(sum_i a_i 2^z_ij) / t with
@@ -409,9 +410,8 @@ def _update_columns(
     rows, columns = tl.load(row_sizes + item), tl.load(column_sizes + item)
     if (rows == 0) | (tl.program_id(0) * COLUMNS >= columns):
         return
-    if MODE == LOST:
-        if has_ended(state, item):
-            return
+    if MODE == LOST and has_ended(state, item):
+        return
     ACC: tl.constexpr = b.dtype.element_ty
     t = _steepness(state, item, NOW_COLUMNS, ACC)
     tau = _number(state, item, TAU_B, ACC)

@@ -1,4 +1,4 @@
-"""Triton kernels of sinkhorn_points and sinkhorn_points_apply: costs come from points, tile by tile.
+"""Triton kernels of sinkhorn_points and its apply: costs are made from points, tile by tile.
 
 Points are brought to a form in which every cost is |x - y|^2 or |x - y|: the common mean of the
 points with mass is subtracted (the cost does not depend on it, rounding does) and the scale put
@@ -121,9 +121,7 @@ def _costs(
         norms = [side.new_full(side.shape[:-1], scale / 2) for side in (x, y)]
     else:
         factor = scale if cost == _EUCLIDEAN else math.sqrt(scale)
-        with_mass = [
-            torch.where(mass[..., None] > 0, side, 0) for side, mass in ((x, a), (y, b))
-        ]
+        with_mass = [torch.where(mass[..., None] > 0, side, 0) for side, mass in ((x, a), (y, b))]
         number = (a > 0).sum(1) + (b > 0).sum(1)
         total = with_mass[0].sum(1) + with_mass[1].sum(1)
         centre = (total / number.clamp(min=1)[:, None])[:, None]
@@ -182,10 +180,8 @@ def far_distances(source, item, i, j, rows, columns, ACC: tl.constexpr):
 
 @triton.jit
 def _add_product(total, left, right, ACC: tl.constexpr):
-    if ACC == tl.float64:
-        return tl.dot(left, right, total, out_dtype=ACC)
-    else:
-        return tl.dot(left, right, total, input_precision=PRECISION, out_dtype=ACC)
+    precision: tl.constexpr = "ieee" if ACC.primitive_bitwidth == 64 else PRECISION
+    return tl.dot(left, right, total, input_precision=precision, out_dtype=ACC)
 
 
 # product_i = sum_j P_ij v_j, sums_i = sum_j P_ij, P_ij = a_i b_j 2^(t (f_i + g_j - C_ij)) [/ C_ij]
@@ -203,10 +199,7 @@ def _apply(
     a_i, f_i = tl.load(a + row, i < n, 0.0), tl.load(f + row, i < n, 0.0)
     t = (1.0 / tl.load(epsilon + item) * LOG2E).to(ACC)
     row_sum = tl.zeros((ROWS,), ACC)
-    if ONE_VALUE:
-        total = tl.zeros((ROWS,), ACC)
-    else:
-        total = tl.zeros((ROWS, VALUES), ACC)
+    total = tl.zeros((ROWS,) if ONE_VALUE else (ROWS, VALUES), ACC)
     for first in range(0, m, COLUMNS):
         j = first + tl.arange(0, COLUMNS)[None, :]
         column = item.to(tl.int64) * m + j
