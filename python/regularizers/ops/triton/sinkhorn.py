@@ -76,9 +76,10 @@ def transport_plan(
     rows, columns = PLAN_TILE
     a, b = within(a, row_sizes), within(b, column_sizes)
     vectors = (tensor.contiguous() for tensor in (a, b, epsilon, f, g, weight))
-    tiles = triton.cdiv(n, rows) * triton.cdiv(m, columns)
     with torch.cuda.device_of(cost):
-        _plan[(tiles, count)](cost.contiguous(), plan, *vectors, n, m, rows, columns)
+        _plan[(count, triton.cdiv(n, rows), triton.cdiv(m, columns))](
+            cost.contiguous(), plan, *vectors, n, m, rows, columns
+        )
     return plan
 
 
@@ -92,10 +93,9 @@ def stored_costs(source, item, i, j, rows, columns, ACC: tl.constexpr):
 
 @triton.jit
 def _plan(cost, plan, a, b, epsilon, f, g, weight, n, m, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    item = tl.program_id(1).to(tl.int64)
-    column_tiles = tl.cdiv(m, COLUMNS)
-    i = (tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS))[:, None]
-    j = (tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    item = tl.program_id(0).to(tl.int64)
+    i = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
+    j = (tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (i < n) & (j < m)
     place = (item * n + i) * m + j
     rows, columns = item * n + i, item * m + j

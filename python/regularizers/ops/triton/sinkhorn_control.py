@@ -70,7 +70,8 @@ def start(options: Options, a: Tensor, epsilon: Tensor, active: Tensor) -> Tenso
         LEVEL: RoundingFloor(a.dtype).level,
     }
     for slot, number in numbers.items():
-        state[:, slot.value] = number
+        column = state[:, slot.value]
+        column.copy_(number) if isinstance(number, Tensor) else column.fill_(number)
     return state
 
 

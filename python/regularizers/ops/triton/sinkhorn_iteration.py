@@ -44,9 +44,9 @@ from regularizers.ops.triton.sinkhorn_control import (
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Programs of one launch over the rows, about twice what a large GPU runs at once. Each has its own
-# sums of the columns.
-FILLING_PROGRAMS = 512
+# Programs of one launch over the rows, about twice the multiprocessors of a large GPU. Each has its
+# own sums of the columns.
+FILLING_PROGRAMS = 256
 # Columns that a program merges.
 MERGED_COLUMNS = 256
 # Iterations from one question to the device to the next.
@@ -162,7 +162,7 @@ class _Solver:
         question = None
         for k in range(options.max_iter):
             iterate(k)
-            if asks and (k + 1) % ASK_EVERY == 0:
+            if asks and (k + 1) % ASK_EVERY == 0 and k + 1 < options.max_iter:
                 if question is not None and not question.answer():
                     break
                 question = control.Question(state)
@@ -175,7 +175,7 @@ class _Solver:
     def _iterate(self, k: int) -> None:
         self._sweep()
         count, m = self._b.shape
-        _measure[(triton.cdiv(m, MERGED_COLUMNS), count)](
+        _measure[(count, triton.cdiv(m, MERGED_COLUMNS))](
             self._partial, self._sums, self._column_stats, self._b, self._g, self._columns,
             self._used, self._state, self._programs, m, MERGED_COLUMNS,
         )  # fmt: skip
@@ -186,14 +186,14 @@ class _Solver:
         self._sweep()
         self._step(k)
         count, n = self._a.shape
-        _average[(triton.cdiv(n, MERGED_COLUMNS), count)](
+        _average[(count, triton.cdiv(n, MERGED_COLUMNS))](
             self._f, self._F, self._a, self._state, n, MERGED_COLUMNS
         )
 
     def _sweep(self) -> None:
         costs, (count, n), m = self._costs, self._a.shape, self._b.shape[1]
         symmetric = self._options.symmetric
-        _sweep[(self._programs, count)](
+        _sweep[(count, self._programs)](
             costs.tile, costs.source, self._a, self._b, self._f, self._f if symmetric else self._g,
             self._F, self._partial, self._row_stats, self._rows, self._columns, self._state, n, m,
             costs.rows, costs.columns, m <= costs.columns, symmetric, num_warps=costs.warps,
@@ -205,7 +205,7 @@ class _Solver:
     def _update_columns(self, mode: tl.constexpr) -> None:
         costs, (count, m), n = self._costs, self._b.shape, self._a.shape[1]
         tile_rows, tile_columns = costs.column_tile
-        _update_columns[(triton.cdiv(m, tile_columns), count)](
+        _update_columns[(count, triton.cdiv(m, tile_columns))](
             costs.tile, costs.source, self._a, self._b, self._f, self._g, self._sums, self._rows,
             self._columns, self._state, n, m, mode.value, tile_rows, tile_columns,
         )  # fmt: skip
@@ -217,7 +217,7 @@ def _capturing(state: Tensor) -> bool:
 
 def fewer_rows(rows: int, least: int, n: int, count: int) -> int:
     """Return how many rows a tile should have that may have ``rows``, to keep a GPU filled."""
-    while rows > least and triton.cdiv(n, rows) * count < FILLING_PROGRAMS // 2:
+    while rows > least and triton.cdiv(n, rows) * count < FILLING_PROGRAMS:
         rows //= 2
     return rows
 
@@ -282,7 +282,7 @@ def _sweep(
     state, n, m, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
     SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
-    program, item = tl.program_id(0), tl.program_id(1)
+    item, program = tl.program_id(0), tl.program_id(1)
     rows, columns = tl.load(row_sizes + item), tl.load(column_sizes + item)
     if has_ended(state, item) | (program * ROWS >= rows):
         return
@@ -290,7 +290,7 @@ def _sweep(
     t = _steepness(state, item, NOW, ACC)
     tau = _number(state, item, TAU_A, ACC)
     omega = _number(state, item, OMEGA_ROWS, ACC)
-    programs = tl.num_programs(0)
+    programs = tl.num_programs(1)
     slot = (item * programs + program).to(tl.int64)
     if not SYMMETRIC:
         partial += slot * m
@@ -366,7 +366,7 @@ def _sweep(
 def _measure(
     partial, sums, stats, b, g, column_sizes, used, state, programs, m, BLOCK: tl.constexpr
 ):
-    block, item = tl.program_id(0), tl.program_id(1)
+    item, block = tl.program_id(0), tl.program_id(1)
     if has_ended(state, item):
         return
     ACC: tl.constexpr = b.dtype.element_ty
@@ -384,7 +384,7 @@ def _measure(
     target = _target(b_j, g_j, _steepness(state, item, NOW, ACC), _number(state, item, TAU_B, ACC))
     error = tl.where(counts, tl.abs(total.to(tl.float64) - target), 0.0)
     ratio = tl.where(counts, total / tl.where(counts, target, 1.0), float("inf"))
-    stats += (item * tl.num_programs(0) + block) * COLUMN_STATS
+    stats += (item * tl.num_programs(1) + block) * COLUMN_STATS
     tl.store(stats, tl.sum(error, 0))
     tl.store(stats + 1, tl.max(error, 0))
     tl.store(stats + 2, tl.sum(tl.where(counts, total.to(tl.float64), 0.0), 0))
@@ -406,16 +406,16 @@ def _update_columns(
     TILE: tl.constexpr, source, a, b, f, g, sums, row_sizes, column_sizes, state, n, m,
     MODE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    item = tl.program_id(1)
+    item = tl.program_id(0)
     rows, columns = tl.load(row_sizes + item), tl.load(column_sizes + item)
-    if (rows == 0) | (tl.program_id(0) * COLUMNS >= columns):
+    if (rows == 0) | (tl.program_id(1) * COLUMNS >= columns):
         return
     if MODE == LOST and has_ended(state, item):
         return
     ACC: tl.constexpr = b.dtype.element_ty
     t = _steepness(state, item, NOW_COLUMNS, ACC)
     tau = _number(state, item, TAU_B, ACC)
-    j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = j < columns
     place = item.to(tl.int64) * m + j
     b_j = tl.load(b + place, exists, 0.0)
@@ -457,10 +457,10 @@ def _update_columns(
 # f <- (f + tau F) / 2 where there is mass
 @triton.jit
 def _average(f, F, a, state, n, BLOCK: tl.constexpr):
-    item = tl.program_id(1)
+    item = tl.program_id(0)
     if has_ended(state, item):
         return
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     place = item.to(tl.int64) * n + i
     inside = tl.load(a + place, i < n, 0.0) > 0.0
     old = tl.load(f + place, inside, 0.0)

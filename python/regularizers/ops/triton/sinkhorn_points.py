@@ -89,7 +89,7 @@ def sinkhorn_points_apply(
     values = min(MOST_VALUES, max(LEAST_TILE, triton.next_power_of_2(width)))
     vectors = (tensor.contiguous() for tensor in (a, b, epsilon, f, g, v))
     with torch.cuda.device_of(x):
-        _apply[(triton.cdiv(n, rows), max(1, triton.cdiv(width, values)), count)](
+        _apply[(count, triton.cdiv(n, rows), max(1, triton.cdiv(width, values)))](
             tile, source, *vectors, product, sums, n, m, width, over_distance, width == 1,
             rows, columns, values, num_warps=_warps(a),
         )  # fmt: skip
@@ -192,9 +192,9 @@ def _apply(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = a.dtype.element_ty
-    item = tl.program_id(2)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    k = tl.program_id(1) * VALUES + tl.arange(0, VALUES)[None, :]
+    item = tl.program_id(0)
+    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    k = tl.program_id(2) * VALUES + tl.arange(0, VALUES)[None, :]
     row = item.to(tl.int64) * n + i
     a_i, f_i = tl.load(a + row, i < n, 0.0), tl.load(f + row, i < n, 0.0)
     t = (1.0 / tl.load(epsilon + item) * LOG2E).to(ACC)
@@ -220,10 +220,10 @@ def _apply(
             counts = tl.load(b + column, j < m, 0.0) > 0.0
             values = tl.load(v + column * width + k, counts & (k < width), 0.0)
             total = _add_product(total, plan, values, ACC)
-    i, row = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.reshape(row, (ROWS,))
+    i, row = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.reshape(row, (ROWS,))
     if ONE_VALUE:
         tl.store(product + row, total, i < n)
     else:
         inside = (i < n)[:, None] & (k < width)
         tl.store(product + row[:, None] * width + k, total, inside)
-    tl.store(sums + row, row_sum, (i < n) & (tl.program_id(1) == 0))
+    tl.store(sums + row, row_sum, (i < n) & (tl.program_id(2) == 0))
