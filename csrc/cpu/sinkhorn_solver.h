@@ -21,6 +21,10 @@ struct SinkhornOptions {
   bool linf, symmetric;
 
   bool balanced() const { return tau_a == 1.0 && tau_b == 1.0; }
+  // Whether an iteration may be the last one before max_iter.
+  bool tests(int64_t iteration) const {
+    return iteration + 1 >= min_iter && (iteration + 1) % inner_iter == 0;
+  }
 };
 
 struct SinkhornResult {
@@ -99,7 +103,7 @@ class Relaxation {
 
   // The largest omega in [1, 2] with x (1 - x^-omega) - omega log x >= 0.
   static double largest_safe(double x) {
-    if (!(x < 1.0)) {
+    if (!(x < 1.0 - 1e-6)) {  // nearer to 1 both terms cancel
       return 2.0;
     }
     if (!(x > 1e-6)) {
@@ -278,8 +282,7 @@ class SinkhornDriver {
       }
       const bool good = options_.tol > 0.0 && result.error <= options_.tol;
       const bool stuck = options_.tol > 0.0 && floor_.reached(result.error, total_a_);
-      const bool may_stop =
-          k + 1 >= options_.min_iter && (k + 1) % options_.inner_iter == 0 && !annealing;
+      const bool may_stop = options_.tests(k) && !annealing;
       if (last || ((good || stuck) && may_stop && omega == 1.0)) {
         result.converged = result.error <= options_.tol && !annealing;
         break;
@@ -287,7 +290,8 @@ class SinkhornDriver {
       if (!annealing) {
         relaxation_.observe(result.error, total_a_, columns.lowest_ratio);
       }
-      verify = (good || stuck) && may_stop;
+      // Only an exact update of the rows ends the iteration: the next one that tests does it.
+      verify = (good || stuck) && options_.tests(k + 1);
       move(columns, annealing ? 1.0 : relaxation_.omega());
     }
     read_potentials();
@@ -332,8 +336,7 @@ class SinkhornDriver {
       }
       const bool good = options_.tol > 0.0 && result.error <= options_.tol;
       const bool stuck = options_.tol > 0.0 && floor_.reached(result.error, total_a_);
-      const bool may_stop =
-          k + 1 >= options_.min_iter && (k + 1) % options_.inner_iter == 0 && !annealing;
+      const bool may_stop = options_.tests(k) && !annealing;
       if (last || ((good || stuck) && may_stop)) {
         result.converged = result.error <= options_.tol && !annealing;
         break;

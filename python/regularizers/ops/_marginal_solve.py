@@ -158,6 +158,7 @@ MARGINAL_SOLVE = Operator(
     "-> (Tensor rows, Tensor columns)",
     fake=_fake,
     reference=_reference,
+    triton="sinkhorn:marginal_solve",
     setup_context=_context,
     backward=_backward,
 )

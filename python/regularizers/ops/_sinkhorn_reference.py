@@ -30,6 +30,10 @@ class Options:
         """Return the annealed strength of an iteration."""
         return epsilon * max(self.eps_init * self.eps_decay**iteration, 1.0)
 
+    def tests(self, iteration: int) -> bool:
+        """Tell whether an iteration may be the last one before ``max_iter``."""
+        return iteration + 1 >= self.min_iter and (iteration + 1) % self.inner_iter == 0
+
 
 @dataclass
 class Solution:
@@ -83,14 +87,14 @@ class Relaxation:
     def _start(self, mass: float) -> None:
         if self._since < 3 or not self._errors[-1] < 0.5 * mass:
             return
-        rate = self._errors[-1] / self._errors[-2]
-        before = self._errors[-2] / self._errors[-3]
+        rate = _quotient(self._errors[-1], self._errors[-2])
+        before = _quotient(self._errors[-2], self._errors[-3])
         if 0.2 < rate < 1.0 and abs(rate - before) < 0.15 * (1.0 - rate) + 0.02:
             self._settle(2.0 / (1.0 + math.sqrt(max(1.0 - rate, 1e-4))))
 
     def _adjust(self) -> None:
         omega = self._omega
-        rate = (self._errors[-1] / self._errors[-1 - self.WINDOW]) ** (1.0 / self.WINDOW)
+        rate = _quotient(self._errors[-1], self._errors[-1 - self.WINDOW]) ** (1.0 / self.WINDOW)
         if self._errors[-1] > 4.0 * self._reference:
             self._settle(1.0 + 0.5 * (omega - 1.0))  # too bold
         elif rate > omega - 1.0 + 0.02 * (2.0 - omega):
@@ -110,9 +114,13 @@ class Relaxation:
         self._since = self._low = 0
 
 
+def _quotient(x: float, y: float) -> float:
+    return x / y if y != 0.0 else math.nan
+
+
 def _largest_safe(x: float) -> float:
     """Return the largest omega in [1, 2] with x (1 - x^-omega) - omega log x >= 0."""
-    if not x < 1.0:
+    if not x < 1.0 - 1e-6:  # nearer to 1 both terms cancel
         return 2.0
     if not x > 1e-6:
         return 1.0
@@ -130,7 +138,7 @@ class RoundingFloor:
     """Errors cannot fall for ever: where rounding holds them up, going on is waste."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._level = 1e-13 if dtype == torch.float64 else 1e-5
+        self.level = 1e-13 if dtype == torch.float64 else 1e-5
         self._best = math.inf
         self._since = 0
 
@@ -140,7 +148,7 @@ class RoundingFloor:
             self._best, self._since = error, 0
             return False
         self._since += 1
-        return self._since >= 20 and error < self._level * mass
+        return self._since >= 20 and error < self.level * mass
 
 
 class Problem:
@@ -180,11 +188,15 @@ def value(
     tau_a: float,
     tau_b: float,
 ) -> Tensor:
-    """Return <P, C> + epsilon KL(P | a b), plus the divergences of the marginals for tau < 1."""
+    """Return <P, C> + epsilon KL(P | a b), plus the divergences of the marginals for tau < 1.
+
+    Batch dimensions come first; ``epsilon`` and ``plan_mass`` may have them too.
+    """
 
     def side(weight: Tensor, potential: Tensor, tau: float) -> Tensor:
         if tau < 1.0:
             rho = tau * epsilon / (1.0 - tau)
+            rho = rho[..., None] if isinstance(rho, Tensor) else rho
             potential = -rho * torch.expm1(-potential / rho)
         return torch.where(weight > 0, weight * potential, 0).sum(-1)
 
@@ -233,13 +245,14 @@ def solve(
             break
         good = options.tol > 0.0 and error <= options.tol
         stuck = options.tol > 0.0 and floor.reached(error, mass)
-        may_stop = k + 1 >= options.min_iter and (k + 1) % options.inner_iter == 0 and not annealing
+        may_stop = options.tests(k) and not annealing
         if last or ((good or stuck) and may_stop and omega == 1.0):
             converged = error <= options.tol and not annealing
             break
         if not annealing:
             relaxation.observe(error, mass, (column_sum / column_target)[b > 0].min().item())
-        verify = (good or stuck) and may_stop
+        # Only an exact update of the rows ends the iteration: the next one that tests does it.
+        verify = (good or stuck) and options.tests(k + 1)
         omega = 1.0 if annealing else relaxation.omega
         g = g + omega * (options.tau_b * G - g)
     # Points without mass get the potential that mass there would have.
@@ -271,7 +284,7 @@ def _solve_symmetric(
             break
         good = options.tol > 0.0 and error <= options.tol
         stuck = options.tol > 0.0 and floor.reached(error, mass)
-        may_stop = k + 1 >= options.min_iter and (k + 1) % options.inner_iter == 0 and not annealing
+        may_stop = options.tests(k) and not annealing
         if last or ((good or stuck) and may_stop):
             converged = error <= options.tol and not annealing
             break
@@ -346,7 +359,8 @@ def check_values(a: Tensor, b: Tensor, epsilon: Tensor, balanced: bool) -> None:
             raise ValueError(f"{name} must be finite and not negative")
     rows, columns = a.sum(-1), b.sum(-1)
     apart = (rows - columns).abs() > 1e-4 * torch.maximum(rows, columns)
-    if balanced and a.numel() and b.numel() and bool(apart.any()):
+    has_points = a.shape[-1] > 0 and b.shape[-1] > 0  # else there is no mass to balance
+    if balanced and has_points and bool(apart.any()):
         item = int(apart.nonzero()[0])
         raise ValueError(
             f"a and b must have equal sums in a balanced problem, got {rows[item].item():g} and "

@@ -375,6 +375,7 @@ SINKHORN = Operator(
     f"{OPTIONS_SCHEMA}) -> {RESULT_SCHEMA}",
     fake=_fake,
     reference=functools.partial(solve_reference, "cost"),
+    triton="sinkhorn:sinkhorn",
     setup_context=_context,
     backward=_backward,
 )
@@ -384,6 +385,7 @@ TRANSPORT_PLAN = Operator(
     "-> Tensor",
     fake=_plan_fake,
     reference=_plan,
+    triton="sinkhorn:transport_plan",
     setup_context=_plan_context,
     backward=_plan_backward,
 )

@@ -217,6 +217,7 @@ SINKHORN_POINTS = Operator(
     f"-> {RESULT_SCHEMA}",
     fake=_fake,
     reference=_reference,
+    triton="sinkhorn_points:sinkhorn_points",
     setup_context=_context,
     backward=_backward,
 )

@@ -365,6 +365,7 @@ APPLY = Operator(
     "-> (Tensor product, Tensor row_sums)",
     fake=_apply_fake,
     reference=_apply,
+    triton="sinkhorn_points:sinkhorn_points_apply",
     setup_context=_apply_context,
     backward=_apply_backward,
 )
@@ -374,6 +375,7 @@ MARGINAL_SOLVE = Operator(
     "float tau_a, float tau_b, str backend) -> (Tensor rows, Tensor columns)",
     fake=_marginals_fake,
     reference=_solve_marginals,
+    triton="sinkhorn_points:marginal_solve",
     setup_context=_marginals_context,
     backward=_marginals_backward,
 )
