@@ -177,9 +177,8 @@ class StoredPairs(Pairs):
         return self.matrix.mean((-2, -1))
 
     def mean_square(self) -> Tensor:
-        return torch.linalg.vector_norm(self.matrix, dim=(-2, -1)).square() / (
-            self.matrix.shape[-2] * self.matrix.shape[-1]
-        )
+        norm: Tensor = torch.linalg.vector_norm(self.matrix, dim=(-2, -1))
+        return norm.square() / (self.matrix.shape[-2] * self.matrix.shape[-1])
 
     def median(self) -> Tensor:
         return self.matrix.flatten(-2).median(-1).values

@@ -508,4 +508,6 @@ def _is_visible(values: Tensor) -> bool:
 
 
 def _entropy(weight: Tensor) -> Tensor:
-    return -torch.special.xlogy(weight, weight).sum(-1)
+    # The derivative at mass 0, minus infinity, is taken as 0: such points take no part.
+    positive = torch.where(weight > 0, weight, 1)
+    return -(positive * positive.log()).sum(-1)
