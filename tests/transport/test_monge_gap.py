@@ -174,9 +174,9 @@ def test_module_takes_a_map_or_its_images_and_a_new_epsilon():
     assert "epsilon=0.1" in repr(gap)
 
 
-@pytest.mark.slow
 def test_gap_turns_a_rotation_into_the_optimal_map():
     # The fitting loss alone cannot see that a map rotates: N(0, I) is N(0, I) rotated.
+    torch.set_num_threads(1)  # problems this small only wait for a second one
     angle = math.radians(120)
     rotation = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
     distances = []

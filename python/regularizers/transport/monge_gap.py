@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -16,7 +16,6 @@ from regularizers.transport.sinkhorn import (
     RelativeEpsilon,
     ScaleCost,
     SinkhornSolution,
-    SolverOptions,
     check_points,
     entropic_strength,
     reduced,
@@ -26,34 +25,19 @@ from regularizers.transport.sinkhorn import (
 )
 from regularizers.transport.sinkhorn_divergence import check_epsilon, divergence
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 GapConvention = Literal["entropy", "kl", "sharp", "debiased"]
 _CONVENTIONS = ("entropy", "kl", "sharp", "debiased")
 
 
-class _Options(SolverOptions, total=False):
-    cost: CostFn | Callable[[Tensor, Tensor], Tensor]
-    epsilon: float | Tensor | None
-    relative_epsilon: RelativeEpsilon | None
-    scale_cost: ScaleCost
-    scale_transport_only: bool
-    convention: GapConvention
-    reduction: Reduction
-    memory: Memory
-    check_finite: bool | None
-
-
 @overload
 def monge_gap(
-    x: Tensor, Tx: Tensor, *, return_output: Literal[False] = False, **options: Unpack[_Options]
+    x: Tensor, Tx: Tensor, *, return_output: Literal[False] = False, **options: Any
 ) -> Tensor: ...
 
 
 @overload
 def monge_gap(
-    x: Tensor, Tx: Tensor, *, return_output: Literal[True], **options: Unpack[_Options]
+    x: Tensor, Tx: Tensor, *, return_output: Literal[True], **options: Any
 ) -> tuple[Tensor, SinkhornSolution]: ...
 
 
@@ -71,7 +55,7 @@ def monge_gap(
     memory: Memory = "auto",
     check_finite: bool | None = None,
     return_output: bool = False,
-    **options: Unpack[SolverOptions],
+    **options: Any,
 ) -> Tensor | tuple[Tensor, SinkhornSolution]:
     r"""Penalise a map that moves points at more cost than an optimal map to the same places would.
 
@@ -208,7 +192,7 @@ class MongeGap(ScheduledModule):
         reduction: Reduction = "mean",
         memory: Memory = "auto",
         check_finite: bool | None = None,
-        **options: Unpack[SolverOptions],
+        **options: Any,
     ) -> None:
         super().__init__()
         check_one_of("convention", convention, _CONVENTIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,21 +30,6 @@ CONVENTIONS = ("kl", "entropy", "sharp", "dual")
 _DIFFERENTIATE = ("envelope", "implicit", "unroll")
 _RELATIVE = ("mean", "std")
 _INSIDE = ("regularizers.", "torch.")  # a warning is about the code that called from outside
-
-
-class SolverOptions(TypedDict, total=False):
-    """How to iterate; meaning and defaults are those of :func:`regularizers.ops.sinkhorn`."""
-
-    max_iter: int
-    min_iter: int
-    inner_iter: int
-    tol: float
-    norm_error: Literal["l1", "linf"]
-    eps_init: float
-    eps_decay: float
-    momentum: float | Literal["auto"]
-    tau_a: float
-    tau_b: float
 
 
 def sinkhorn(
@@ -101,7 +86,7 @@ def sinkhorn(
             a multiple of it is meant. The statistic is not differentiated.
         scale_cost: s, a positive number or ``"mean"``, ``"median"`` or ``"max"`` of the costs, and
             then differentiated. Values come out in the rescaled units.
-        max_iter: as for :func:`regularizers.ops.sinkhorn`, down to ``tau_b``.
+        max_iter: as for ``regularizers.ops.sinkhorn``, down to ``tau_b``.
         min_iter: do not stop before.
         inner_iter: test for convergence every so many iterations.
         tol: stop when the error of the marginals is at most this; 0 runs all iterations.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from regularizers.transport.sinkhorn import (
     RelativeEpsilon,
     ScaleCost,
     SinkhornSolution,
-    SolverOptions,
     check_points,
     entropic_strength,
     reduced,
@@ -27,9 +26,6 @@ from regularizers.transport.sinkhorn import (
     solve,
     uniform,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 def sinkhorn_divergence(
@@ -48,7 +44,7 @@ def sinkhorn_divergence(
     reduction: Reduction = "mean",
     memory: Memory = "auto",
     check_finite: bool | None = None,
-    **options: Unpack[SolverOptions],
+    **options: Any,
 ) -> Tensor:
     r"""Compare two sets of weighted points; 0 iff they are the same measure.
 
@@ -131,7 +127,7 @@ def divergence(
     own_epsilon: Callable[[Pairs], Tensor],
     static_y: bool,
     offset_yy: float | Tensor | None,
-    options: SolverOptions,
+    options: dict[str, Any],
 ) -> tuple[Tensor, SinkhornSolution]:
     """Return the divergences ``[...]`` and the solution between x and y."""
     tau_a, tau_b = options.get("tau_a", 1.0), options.get("tau_b", 1.0)
@@ -230,7 +226,7 @@ class SinkhornDivergence(ScheduledModule):
         reduction: Reduction = "mean",
         memory: Memory = "auto",
         check_finite: bool | None = None,
-        **options: Unpack[SolverOptions],
+        **options: Any,
     ) -> None:
         super().__init__()
         check_one_of("reduction", reduction, REDUCTIONS)
