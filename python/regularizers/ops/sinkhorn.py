@@ -72,6 +72,7 @@ def sinkhorn(
     g0: Tensor | None = None,
     row_sizes: Tensor | None = None,
     column_sizes: Tensor | None = None,
+    unroll: bool = False,
 ) -> SinkhornOutput:
     r"""Solve entropic optimal transport between weighted points, given their costs.
 
@@ -92,8 +93,8 @@ def sinkhorn(
     ``value`` is differentiable in ``cost``, ``a`` and ``b`` by the envelope theorem (the gradient
     in ``cost`` is the plan), ``f`` and ``g`` by implicit differentiation: a linear system, solved
     by conjugate gradients. Neither goes back through the iterations. Second derivatives work.
-    Inside ``torch.func`` transforms and forward-mode differentiation, all ``max_iter`` iterations
-    of the plain form run.
+    With ``unroll``, and inside ``torch.func`` transforms and forward-mode differentiation, all
+    ``max_iter`` iterations of the plain form run, each of them differentiated.
 
     Args:
         cost: ``[..., n, m]``; float32, float64, bfloat16 or float16 (computed in float32). An entry
@@ -124,6 +125,8 @@ def sinkhorn(
         row_sizes: int64 ``[...]``, how many of the n rows each problem has (ragged batches).
             Entries of ``f`` beyond are 0.
         column_sizes: likewise.
+        unroll: differentiate through the iterations themselves, in plain PyTorch; the memory of
+            ``max_iter`` matrices. ``tol`` and ``momentum`` are not used.
 
     Returns:
         Potentials, value and diagnostics; float32 for half-precision costs.
@@ -161,7 +164,7 @@ def sinkhorn(
     )
     matrix, row_mass, column_mass, strength, sizes = arguments
     call = (matrix, row_mass, column_mass, strength, *start, *sizes)
-    found = (unrolled_batch if transformed() else SINKHORN)(*call, *options)
+    found = (unrolled_batch if unroll or transformed() else SINKHORN)(*call, *options)
     return SinkhornOutput(*(item.reshape(batch + item.shape[1:]) for item in found))
 
 

@@ -255,7 +255,7 @@ class TICost(CostFn):
 
     All pairs take an ``[n, m, d]`` array of differences. For strictly convex h an optimal map is
     :math:`x - \nabla h^*(\nabla\varphi(x))`; see
-    :class:`~regularizers.transport.structured_map.StructuredMap`.
+    :class:`~regularizers.transport.StructuredMap`.
 
     Args:
         h: function of the last dimension, ``[..., d] -> [...]``; convex, differentiable.

@@ -105,7 +105,7 @@ class StructuredMap(nn.Module):
         field: module or function, ``[..., d] -> [..., d]`` (``[..., d] -> [...]`` or
             ``[..., 1]`` with ``potential=True``).
         cost: exponent p > 1 of a built-in cost, or a
-            :class:`~regularizers.transport.cost.TICost` with its ``grad_h_conj``.
+            :class:`~regularizers.transport.TICost` with its ``grad_h_conj``.
         potential: whether ``field`` is a potential, whose gradient is F.
 
     Shape:
