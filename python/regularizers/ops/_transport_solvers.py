@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regularizers.ops.sinkhorn import SINKHORN
 from regularizers.ops.sparse_ot import DUAL, ENTROPIC, PLAN
 
 # Line search (A. Lewis, M. Overton, 2013): enough decrease, and a slope that has become flatter.
@@ -394,8 +395,10 @@ def block_coordinates(problem: Problem, alpha: Tensor, max_iter: int, tol: float
     """Solve the columns for beta, then the rows for alpha, exactly and in turn.
 
     Both are multipliers of a semi-dual: of the problem, and of the transposed one. For the entropic
-    regularizer this is Sinkhorn's algorithm.
+    regularizer this is Sinkhorn's algorithm, which has an operator of its own.
     """
+    if problem.regularizer == ENTROPIC:
+        return _sinkhorn(problem, alpha, max_iter, tol)
     semi = dataclasses.replace(problem, dual=False)
     rows = dataclasses.replace(
         semi, cost=problem.cost.mT.contiguous(), a=problem.b, b=problem.a, k=problem.b.shape[1]
@@ -411,6 +414,34 @@ def block_coordinates(problem: Problem, alpha: Tensor, max_iter: int, tol: float
         running = state.running
         beta, state = _solve_side(semi, alpha)
         state.running, state.iterations = running, iterations
+    return state
+
+
+def _sinkhorn(problem: Problem, alpha: Tensor, max_iter: int, tol: float) -> State:
+    """Run the shared solver, whose masses stand outside of the potentials: alpha = g + gamma log a.
+
+    Its rows, exact at the end, are the columns of the plan here.
+    """
+    semi = dataclasses.replace(problem, dual=False)
+    inside = (
+        problem.gamma.to(problem.a.dtype)
+        * problem.a.clamp(min=torch.finfo(problem.a.dtype).tiny).log()
+    )
+    options = (tol, max_iter, 0, 1, 1.0, 1.0, 0.0, 1.0, 1.0, True, False)
+    found = SINKHORN.kernel(problem.backend)(
+        problem.cost,
+        problem.b,
+        problem.a,
+        problem.gamma.double().expand(problem.cost.shape[0]),
+        None,
+        alpha.to(problem.a.dtype) - inside,
+        None,
+        None,
+        *options,
+    )
+    _, state = _solve_side(semi, (found[1] + inside).to(alpha.dtype))
+    state.iterations = found[3]
+    state.running = ~(error(state.g) < tol)
     return state
 
 
