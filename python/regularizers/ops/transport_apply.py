@@ -238,9 +238,13 @@ class Plan:
 
     def gradient(self, p: Tensor | None, q: Tensor | None) -> Tensor:
         r"""Return :math:`\sum_j P_{ij} (p_i + q_j) \nabla_1 c(x_i, y_j)`; None stands for 0."""
-        x, y = self._sides[:2]
-        dtype = self._sides[2].dtype
-        x_wide, y_wide = x.to(dtype), y.to(dtype)
+        x, y, a, b, *_ = self._sides
+        masses = (within(weight, size) for weight, size in zip((a, b), self._sizes, strict=True))
+        # A point without mass may hold NaN, which times 0 is NaN still.
+        x_wide, y_wide = (
+            torch.where(mass[..., None] > 0, side.to(mass.dtype), 0)
+            for side, mass in zip((x, y), masses, strict=True)
+        )
         if self._cost == _COSINE:
             points = _unit(y_wide)
         else:  # differences do not depend on the origin, rounding does
