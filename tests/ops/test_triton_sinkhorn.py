@@ -365,6 +365,20 @@ def test_points_without_mass_may_hold_anything(cost, features):
     assert_solved_alike(lambda: sinkhorn_points(x, y, a, b, **options))
 
 
+@pytest.mark.parametrize("cost", COSTS)
+def test_gradients_do_not_see_points_without_mass(cost):
+    x, y = _points(5, 6, 3)
+    a = torch.tensor([0.3, 0.3, 0.4, 0.0, 0.0], device=DEVICE)
+    x[0, 3:] = torch.nan
+    leaves = [side.requires_grad_() for side in (x, y)]
+    with regularizers.use_backend("triton"):
+        found = sinkhorn_points(*leaves, a, cost=cost, epsilon=0.2, tol=1e-2)
+    by_x, by_y = torch.autograd.grad(found.value.sum(), leaves)
+    assert not by_x[0, 3:].any()
+    assert by_x.isfinite().all()
+    assert by_y.isfinite().all()
+
+
 def test_points_far_from_the_origin_lose_no_digits():
     x, y = _points(8, 9, 20)
     options = {"epsilon": 0.2, "tol": 0.0, "max_iter": 3}

@@ -131,7 +131,8 @@ def _apply(
     over_distance: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute (P v, P 1) in plain PyTorch; ``over_distance`` divides P_ij by |x_i - y_j|."""
-    mass = within(a, row_sizes)[:, :, None] * within(b, column_sizes)[:, None, :]
+    a, b = within(a, row_sizes), within(b, column_sizes)
+    mass = a[:, :, None] * b[:, None, :]
     x, y = (torch.where(side[..., None] > 0, points, 0) for points, side in ((x, a), (y, b)))
     costs = point_costs(x, y, cost, scale)
     exponent = (f[:, :, None] + g[:, None, :] - costs) / epsilon.to(a.dtype)[:, None, None]
@@ -240,10 +241,12 @@ class Plan:
 
     def gradient(self, p: Tensor | None, q: Tensor | None) -> Tensor:
         r"""Return :math:`\sum_j P_{ij} (p_i + q_j) \nabla_1 c(x_i, y_j)`; None stands for 0."""
-        x, y, a, b = self._sides[:4]
+        x, y, a, b, *_ = self._sides
+        masses = (within(weight, size) for weight, size in zip((a, b), self._sizes, strict=True))
+        # A point without mass may hold NaN, which times 0 is NaN still.
         x_wide, y_wide = (
-            torch.where(mass[..., None] > 0, points.to(mass.dtype), 0)  # others may be anything
-            for points, mass in ((x, a), (y, b))
+            torch.where(mass[..., None] > 0, side.to(mass.dtype), 0)
+            for side, mass in zip((x, y), masses, strict=True)
         )
         if self._cost == _COSINE:
             points = _unit(y_wide)

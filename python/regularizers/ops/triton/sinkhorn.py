@@ -21,7 +21,7 @@ WARP_ELEMENTS = 1024
 LONGEST_ROW = 16384
 # Rows of a tile where rows are longer, and gone through twice.
 TILE_ROWS = 4
-COLUMN_TILE = (64, 32)
+COLUMN_TILE = (64, 32, 4)
 PLAN_TILE = (8, 256)
 
 

@@ -67,7 +67,7 @@ class Costs(NamedTuple):
     rows: int  # of a tile of the sweep
     columns: int
     warps: int
-    column_tile: tuple[int, int]  # rows, columns of a tile where columns are computed exactly
+    column_tile: tuple[int, int, int]  # the same where columns are computed exactly
 
 
 def solve(
@@ -204,10 +204,11 @@ class _Solver:
 
     def _update_columns(self, mode: tl.constexpr) -> None:
         costs, (count, m), n = self._costs, self._b.shape, self._a.shape[1]
-        tile_rows, tile_columns = costs.column_tile
+        tile_rows, tile_columns, warps = costs.column_tile
         _update_columns[(count, triton.cdiv(m, tile_columns))](
             costs.tile, costs.source, self._a, self._b, self._f, self._g, self._sums, self._rows,
             self._columns, self._state, n, m, mode.value, tile_rows, tile_columns,
+            num_warps=warps,
         )  # fmt: skip
 
 
@@ -217,7 +218,7 @@ def _capturing(state: Tensor) -> bool:
 
 def fewer_rows(rows: int, least: int, n: int, count: int) -> int:
     """Return how many rows a tile should have that may have ``rows``, to keep a GPU filled."""
-    while rows > least and triton.cdiv(n, rows) * count < FILLING_PROGRAMS:
+    while rows > least and triton.cdiv(n, rows) * count < FILLING_PROGRAMS // 2:
         rows //= 2
     return rows
 

@@ -28,15 +28,17 @@ marginal_solve = _solve_marginals
 # tl.dot takes no smaller side; below half of it, differences cost less.
 NEAR_FEATURES = 8
 LEAST_TILE = 16
-# The largest tile; float64 takes two registers.
+# The largest tile, on eight warps: with more a thread, registers spill (ptxas, 9.0). float64 takes
+# two.
 TILE_ROWS = 64
-TILE_COLUMNS = 128
+TILE_COLUMNS = 64
+WARP_REGISTERS = 512
 DEPTH = tl.constexpr(16)
 # "tf32x3" takes three tensor core products for nearly the digits of float32. "tf32" would put an
 # error of |x| |y| / 2048 epsilon into every exponent.
 PRECISION = tl.constexpr("tf32x3")
 # Columns of v that a program multiplies; more are spread over programs, which repeat the plan.
-MOST_VALUES = 128
+MOST_VALUES = 64
 
 
 def sinkhorn_points(
@@ -58,8 +60,8 @@ def sinkhorn_points(
     inside = (within(a, row_sizes), within(b, column_sizes))
     check_values(*inside, epsilon, options.tau_a == options.tau_b == 1.0)
     tile, source = _costs(x, y, *inside, cost, scale)
-    rows, columns = _tile(x, y)
-    costs = iteration.Costs(tile, source, rows, columns, _warps(a), (rows, columns))
+    shape = _tile(x, y)
+    costs = iteration.Costs(tile, source, *shape, shape)
     return iteration.solve(costs, a, b, epsilon, f0, g0, row_sizes, column_sizes, options)
 
 
@@ -85,30 +87,27 @@ def sinkhorn_points_apply(
         return product, sums
     a, b = within(a, row_sizes), within(b, column_sizes)
     tile, source = _costs(x, y, a, b, cost, scale)
-    rows, columns = _tile(x, y)
+    rows, columns, warps = _tile(x, y)
     values = min(MOST_VALUES, max(LEAST_TILE, triton.next_power_of_2(width)))
     vectors = (tensor.contiguous() for tensor in (a, b, epsilon, f, g, v))
     with torch.cuda.device_of(x):
         _apply[(count, triton.cdiv(n, rows), max(1, triton.cdiv(width, values)))](
             tile, source, *vectors, product, sums, n, m, width, over_distance, width == 1,
-            rows, columns, values, num_warps=_warps(a),
+            rows, columns, values, num_warps=warps,
         )  # fmt: skip
     if over_distance:  # the costs are distances times the scale
         product, sums = product * scale, sums * scale
     return product, sums
 
 
-def _tile(x: Tensor, y: Tensor) -> tuple[int, int]:
+def _tile(x: Tensor, y: Tensor) -> tuple[int, int, int]:
+    """Return rows, columns and warps of a tile."""
     count, n, _ = x.shape
-    columns = min(TILE_COLUMNS, triton.next_power_of_2(max(1, y.shape[1])))
-    if x.dtype == torch.float64:
-        columns //= 2
+    size = 2 if x.dtype == torch.float64 else 1  # registers
     rows = iteration.fewer_rows(TILE_ROWS, LEAST_TILE, n, count)
-    return rows, max(LEAST_TILE, columns)
-
-
-def _warps(a: Tensor) -> int:
-    return 8 if a.dtype == torch.float64 else 4
+    columns = min(TILE_COLUMNS // size, triton.next_power_of_2(max(1, y.shape[1])))
+    columns = max(LEAST_TILE, columns)
+    return rows, columns, max(4, rows * columns * size // WARP_REGISTERS)
 
 
 def _costs(
