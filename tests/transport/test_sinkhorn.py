@@ -308,6 +308,18 @@ def test_auto_streams_where_the_costs_would_be_too_many(monkeypatch):
     assert kinds == ["StoredPairs", "StreamedPairs", "StoredPairs"]
 
 
+def test_auto_stores_where_nothing_streams_but_a_reference(monkeypatch):
+    from regularizers.ops.sinkhorn_points import SINKHORN_POINTS
+    from regularizers.transport import _pairs
+
+    monkeypatch.setattr(_pairs, "STORED_AT_MOST", 1)
+    monkeypatch.setattr(SINKHORN_POINTS, "serving", lambda device: "reference")
+    x = points(20)
+    between = _pairs.make_pairs(SqEuclidean(), x, x, "auto")
+    assert isinstance(between, _pairs.StoredPairs)
+    assert isinstance(_pairs.own_pairs(between, 0, "auto"), _pairs.StoredPairs)
+
+
 def test_streamed_statistics_by_blocks_are_those_of_all_costs(monkeypatch):
     from regularizers.transport import _pairs
 

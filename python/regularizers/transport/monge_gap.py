@@ -128,7 +128,7 @@ def monge_gap(
     weight = uniform(None, x)
     if convention == "debiased":
         transport, solution = divergence(
-            pairs, weight, weight, strength, lambda _: strength, False, None, options
+            pairs, weight, weight, strength, lambda _: strength, False, None, memory, options
         )
     else:
         solution = solve(pairs, weight, weight, strength, **options)
