@@ -230,6 +230,21 @@ def test_potentials_plan_and_products_are_constants_under_envelope():
     torch.testing.assert_close(gradient, found.plan().sum(0)[:, None].expand(-1, 2))
 
 
+@pytest.mark.parametrize("convention", ["kl", "sharp"])
+def test_functorch_transforms_agree_with_autograd(convention):
+    x, y = points(4, 2), points(5, 2)
+    value = lambda x: sinkhorn_cost(
+        x, y, epsilon=1.0, max_iter=100, tol=1e-12, convention=convention
+    )
+    leaf, tangent = x.clone().requires_grad_(), torch.randn_like(x)
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(value)(x), gradient)
+    _, derivative = torch.func.jvp(value, (x,), (tangent,))
+    torch.testing.assert_close(derivative, (gradient * tangent).sum())
+    both = torch.func.vmap(value)(torch.stack((x, 2 * x)))
+    torch.testing.assert_close(both[0], value(x))
+
+
 def test_gradients_in_the_masses_are_centred_potentials():
     x, y = points(4), points(5)
     a, b = masses(4).requires_grad_(), masses(5).requires_grad_()

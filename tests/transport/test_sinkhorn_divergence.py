@@ -213,6 +213,9 @@ class TestSinkhornDivergence(MethodContract):
             (ValueError, "reduction", lambda: SinkhornDivergence(reduction="max")),
             (ValueError, "y must", lambda: SinkhornDivergence()(x, x[:, :2])),
             (ValueError, "tau_b", lambda: sinkhorn_divergence(x, x + 1, tau_a=0.5)),
+            (TypeError, "symmetric", lambda: sinkhorn_divergence(x, x, symmetric=True)),
+            (TypeError, "iterations", lambda: SinkhornDivergence(iterations=5)),
+            (ValueError, "max_iter", lambda: SinkhornDivergence(max_iter=0)),
             (ValueError, "offset_yy", lambda: sinkhorn_divergence(x, x, offset_yy=0.0)),
             (ValueError, "reduction", lambda: sinkhorn_divergence(x, x, reduction="max")),
         ]

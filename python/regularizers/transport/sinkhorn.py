@@ -18,6 +18,7 @@ from regularizers._shared.checks import (
     check_same_dtype,
 )
 from regularizers.ops._operator import accumulate_dtype, transformed
+from regularizers.ops._sinkhorn_arguments import check_options
 from regularizers.ops.masked_linear_cross_entropy import Reduction
 from regularizers.transport._pairs import MEMORIES, SCALES, Memory, Pairs, make_pairs
 from regularizers.transport.cost import CostFn, SqEuclidean, as_cost
@@ -29,6 +30,18 @@ ScaleCost = float | Literal["mean", "median", "max"]
 CONVENTIONS = ("kl", "entropy", "sharp", "dual")
 _DIFFERENTIATE = ("envelope", "implicit", "unroll")
 _RELATIVE = ("mean", "std")
+_DEFAULTS: dict[str, Any] = {  # of the options that losses hand on
+    "max_iter": 2000,
+    "min_iter": 0,
+    "inner_iter": 1,
+    "tol": 1e-3,
+    "norm_error": "l1",
+    "eps_init": 1.0,
+    "eps_decay": 1.0,
+    "momentum": "auto",
+    "tau_a": 1.0,
+    "tau_b": 1.0,
+}
 _INSIDE = ("regularizers.", "torch.")  # a warning is about the code that called from outside
 
 
@@ -421,6 +434,14 @@ def check_points(
             continue
         if not bool(points.isfinite().all()):
             raise ValueError(f"{label} must be finite, got NaN or infinity")
+
+
+def check_solver_options(options: dict[str, Any]) -> None:
+    """Check the options of a loss that say how to iterate, names and values."""
+    for name in options:
+        if name not in _DEFAULTS:
+            raise TypeError(f"{name} is not an option here; there are {', '.join(_DEFAULTS)}")
+    check_options(symmetric=False, **{**_DEFAULTS, **options})
 
 
 def uniform(weight: Tensor | None, points: Tensor) -> Tensor:

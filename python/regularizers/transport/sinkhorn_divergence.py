@@ -19,6 +19,7 @@ from regularizers.transport.sinkhorn import (
     ScaleCost,
     SinkhornSolution,
     check_points,
+    check_solver_options,
     entropic_strength,
     reduced,
     scaled_pairs,
@@ -90,7 +91,7 @@ def sinkhorn_divergence(
         half-precision points.
 
     Raises:
-        TypeError: as :func:`~regularizers.transport.sinkhorn`.
+        TypeError: as :func:`~regularizers.transport.sinkhorn`; an option is unknown.
         ValueError: likewise; or ``tau_a`` and ``tau_b`` differ, or there is an ``offset_yy``
             without ``static_y``.
 
@@ -107,6 +108,7 @@ def sinkhorn_divergence(
     """
     check_points(x, y, check_finite)
     check_one_of("reduction", reduction, REDUCTIONS)
+    check_solver_options(options)
     if offset_yy is not None and not static_y:
         raise ValueError("offset_yy needs static_y=True: the term of y is computed otherwise")
     pairs = scaled_pairs(as_cost(cost), x, y, memory, scale_cost)
@@ -249,6 +251,7 @@ class SinkhornDivergence(ScheduledModule):
             for name, length in (("reach", reach), ("scaling", scaling), ("diameter", diameter)):
                 if length is not None:
                     raise ValueError(f"{name} must not be given without blur")
+        check_solver_options(settings)
         self.cost = as_cost(SqEuclidean() if cost is None else cost)
         self.debias = debias
         self.reduction: Reduction = reduction
