@@ -347,13 +347,18 @@ def test_streamed_statistics_by_blocks_are_those_of_all_costs(monkeypatch):
     torch.testing.assert_close(streamed.max(), stored.max())
 
 
-def test_a_batch_is_its_problems_one_by_one():
-    x, y = points(6, batch=(2, 3)), points(5, batch=(2, 3))
-    together = sinkhorn(x, y, **EXACT)
+@pytest.mark.parametrize("memory", ["dense", "streaming"])
+def test_a_batch_is_its_problems_one_by_one(memory):
+    x, y, a = points(6, batch=(2, 3)), points(5, batch=(2, 3)), masses(6)
+    options = {"memory": memory, **EXACT}
+    together = sinkhorn(x, y, a, **options)  # one a for all
     for place in ((0, 0), (1, 2)):
-        alone = sinkhorn(x[place], y[place], **EXACT)
-        torch.testing.assert_close(together.value[place], alone.value)
+        alone = sinkhorn(x[place], y[place], a, **options)
         torch.testing.assert_close(together.plan()[place], alone.plan())
+        torch.testing.assert_close(together.transport(x)[place], alone.transport(x[place]))
+        for convention in CONVENTIONS:
+            values = together.objective(convention), alone.objective(convention)
+            torch.testing.assert_close(values[0][place], values[1])
 
 
 def test_a_warm_start_is_taken():
@@ -488,8 +493,9 @@ def test_soft_plan_agrees_with_pot():
         (ValueError, "x", {"x": torch.zeros(0, 3)}),
         (ValueError, "x", {"x": torch.full((5, 3), math.nan)}),
         (ValueError, "y", {"y": torch.full((4, 3), math.inf)}),
-        (ValueError, "a", {"a": torch.tensor([1.0, 0.5, -0.5, 0.0, 0.0])}),
-        (ValueError, "a", {"a": torch.ones(4) / 4}),
+        (ValueError, "a must", {"a": torch.tensor([1.0, 0.5, -0.5, 0.0, 0.0])}),
+        (ValueError, "a must", {"a": torch.ones(4) / 4}),
+        (TypeError, "a must", {"a": torch.ones(5, dtype=torch.int64)}),
         (ValueError, "equal sums", {"a": torch.ones(5)}),
         (ValueError, "epsilon", {"epsilon": 0.0}),
         (ValueError, "epsilon", {"epsilon": -1.0, "relative_epsilon": "mean"}),

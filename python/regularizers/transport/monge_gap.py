@@ -19,10 +19,10 @@ from regularizers.transport.sinkhorn import (
     check_points,
     check_solver_options,
     entropic_strength,
+    masses,
     reduced,
     scaled_pairs,
     solve,
-    uniform,
 )
 from regularizers.transport.sinkhorn_divergence import check_epsilon, divergence
 
@@ -127,7 +127,7 @@ def monge_gap(
     if not scale_transport_only:
         displacement = displacement / pairs.scale
     strength = entropic_strength(pairs, epsilon, relative_epsilon)
-    weight = uniform(None, x)
+    weight = masses("a", None, x)
     if convention == "debiased":
         transport, solution = divergence(
             pairs, weight, weight, strength, lambda _: strength, False, None, memory, options

@@ -154,8 +154,9 @@ def sinkhorn(
             raise ValueError("memory must not be 'streaming' with differentiate='unroll'")
         memory = "dense"
     pairs = scaled_pairs(as_cost(cost), x, y, memory, scale_cost)
+    strength = entropic_strength(pairs, epsilon, relative_epsilon)
     return solve(
-        pairs, uniform(a, x), uniform(b, y), entropic_strength(pairs, epsilon, relative_epsilon),
+        pairs, masses("a", a, x), masses("b", b, y), strength,
         differentiate=differentiate, max_iter=max_iter, min_iter=min_iter, inner_iter=inner_iter,
         tol=tol, norm_error=norm_error, eps_init=eps_init, eps_decay=eps_decay, momentum=momentum,
         tau_a=tau_a, tau_b=tau_b, symmetric=symmetric, f0=f0, g0=g0,
@@ -383,7 +384,7 @@ def solve(
     if differentiate == "unroll":
         options["unroll"] = True
     found = pairs.solve(a, b, epsilon, **options)
-    if options.get("tol", 1e-3) > 0.0 and _is_visible(found.converged):
+    if options.get("tol", _DEFAULTS["tol"]) > 0.0 and _is_visible(found.converged):
         _warn_unless_converged(found)
     return SinkhornSolution(
         pairs,
@@ -444,13 +445,13 @@ def check_solver_options(options: dict[str, Any]) -> None:
     check_options(symmetric=False, **{**_DEFAULTS, **options})
 
 
-def uniform(weight: Tensor | None, points: Tensor) -> Tensor:
+def masses(name: str, weight: Tensor | None, points: Tensor) -> Tensor:
     """Return masses ``[..., n]``; 1/n each when none are given. The solver checks them."""
     dtype = accumulate_dtype(points.dtype)
     if weight is None:
         n = points.shape[-2]
         return torch.full(points.shape[:-1], 1 / n, dtype=dtype, device=points.device)
-    check_floating("a or b", weight)
+    check_floating(name, weight)
     return weight.to(dtype)
 
 

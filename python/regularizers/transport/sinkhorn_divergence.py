@@ -21,11 +21,11 @@ from regularizers.transport.sinkhorn import (
     check_points,
     check_solver_options,
     entropic_strength,
+    masses,
     reduced,
     scaled_pairs,
     sinkhorn,
     solve,
-    uniform,
 )
 
 
@@ -112,7 +112,7 @@ def sinkhorn_divergence(
     if offset_yy is not None and not static_y:
         raise ValueError("offset_yy needs static_y=True: the term of y is computed otherwise")
     pairs = scaled_pairs(as_cost(cost), x, y, memory, scale_cost)
-    a, b = uniform(a, x), uniform(b, y)
+    a, b = masses("a", a, x), masses("b", b, y)
     strength = entropic_strength(pairs, epsilon, relative_epsilon)
     if not share_epsilon:
         own = lambda pairs: entropic_strength(pairs, epsilon, relative_epsilon)  # noqa: E731
