@@ -160,6 +160,8 @@ class TestMongeGap(MethodContract):
             (ValueError, "convention", lambda: monge_gap(x, x, convention="dual")),
             (ValueError, "reduction", lambda: monge_gap(x, x, reduction="max")),
             (ValueError, "epsilon", lambda: monge_gap(x, x, epsilon=-1.0)),
+            (TypeError, "threshold", lambda: monge_gap(x, x, threshold=1e-3)),
+            (ValueError, "tol", lambda: MongeGap(tol=-1.0)),
             (ValueError, "epsilon", lambda: MongeGap(epsilon=0.0)),
             (ValueError, "convention", lambda: MongeGap(convention="primal")),
             (TypeError, "source", lambda: MongeGap()("identity", x)),

@@ -230,6 +230,21 @@ def test_potentials_plan_and_products_are_constants_under_envelope():
     torch.testing.assert_close(gradient, found.plan().sum(0)[:, None].expand(-1, 2))
 
 
+@pytest.mark.parametrize("convention", ["kl", "sharp"])
+def test_functorch_transforms_agree_with_autograd(convention):
+    x, y = points(4, 2), points(5, 2)
+    value = lambda x: sinkhorn_cost(
+        x, y, epsilon=1.0, max_iter=100, tol=1e-12, convention=convention
+    )
+    leaf, tangent = x.clone().requires_grad_(), torch.randn_like(x)
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(value)(x), gradient)
+    _, derivative = torch.func.jvp(value, (x,), (tangent,))
+    torch.testing.assert_close(derivative, (gradient * tangent).sum())
+    both = torch.func.vmap(value)(torch.stack((x, 2 * x)))
+    torch.testing.assert_close(both[0], value(x))
+
+
 def test_gradients_in_the_masses_are_centred_potentials():
     x, y = points(4), points(5)
     a, b = masses(4).requires_grad_(), masses(5).requires_grad_()
@@ -308,6 +323,18 @@ def test_auto_streams_where_the_costs_would_be_too_many(monkeypatch):
     assert kinds == ["StoredPairs", "StreamedPairs", "StoredPairs"]
 
 
+def test_auto_stores_where_nothing_streams_but_a_reference(monkeypatch):
+    from regularizers.ops.sinkhorn_points import SINKHORN_POINTS
+    from regularizers.transport import _pairs
+
+    monkeypatch.setattr(_pairs, "STORED_AT_MOST", 1)
+    monkeypatch.setattr(SINKHORN_POINTS, "serving", lambda device: "reference")
+    x = points(20)
+    between = _pairs.make_pairs(SqEuclidean(), x, x, "auto")
+    assert isinstance(between, _pairs.StoredPairs)
+    assert isinstance(_pairs.own_pairs(between, 0, "auto"), _pairs.StoredPairs)
+
+
 def test_streamed_statistics_by_blocks_are_those_of_all_costs(monkeypatch):
     from regularizers.transport import _pairs
 
@@ -320,13 +347,18 @@ def test_streamed_statistics_by_blocks_are_those_of_all_costs(monkeypatch):
     torch.testing.assert_close(streamed.max(), stored.max())
 
 
-def test_a_batch_is_its_problems_one_by_one():
-    x, y = points(6, batch=(2, 3)), points(5, batch=(2, 3))
-    together = sinkhorn(x, y, **EXACT)
+@pytest.mark.parametrize("memory", ["dense", "streaming"])
+def test_a_batch_is_its_problems_one_by_one(memory):
+    x, y, a = points(6, batch=(2, 3)), points(5, batch=(2, 3)), masses(6)
+    options = {"memory": memory, **EXACT}
+    together = sinkhorn(x, y, a, **options)  # one a for all
     for place in ((0, 0), (1, 2)):
-        alone = sinkhorn(x[place], y[place], **EXACT)
-        torch.testing.assert_close(together.value[place], alone.value)
+        alone = sinkhorn(x[place], y[place], a, **options)
         torch.testing.assert_close(together.plan()[place], alone.plan())
+        torch.testing.assert_close(together.transport(x)[place], alone.transport(x[place]))
+        for convention in CONVENTIONS:
+            values = together.objective(convention), alone.objective(convention)
+            torch.testing.assert_close(values[0][place], values[1])
 
 
 def test_a_warm_start_is_taken():
@@ -461,8 +493,9 @@ def test_soft_plan_agrees_with_pot():
         (ValueError, "x", {"x": torch.zeros(0, 3)}),
         (ValueError, "x", {"x": torch.full((5, 3), math.nan)}),
         (ValueError, "y", {"y": torch.full((4, 3), math.inf)}),
-        (ValueError, "a", {"a": torch.tensor([1.0, 0.5, -0.5, 0.0, 0.0])}),
-        (ValueError, "a", {"a": torch.ones(4) / 4}),
+        (ValueError, "a must", {"a": torch.tensor([1.0, 0.5, -0.5, 0.0, 0.0])}),
+        (ValueError, "a must", {"a": torch.ones(4) / 4}),
+        (TypeError, "a must", {"a": torch.ones(5, dtype=torch.int64)}),
         (ValueError, "equal sums", {"a": torch.ones(5)}),
         (ValueError, "epsilon", {"epsilon": 0.0}),
         (ValueError, "epsilon", {"epsilon": -1.0, "relative_epsilon": "mean"}),

@@ -14,6 +14,7 @@ from regularizers import ops
 from regularizers._shared.checks import check_one_of
 from regularizers.ops._operator import accumulate_dtype
 from regularizers.ops._sinkhorn_arguments import PointCost
+from regularizers.ops.sinkhorn_points import SINKHORN_POINTS
 from regularizers.transport.cost import CostFn
 
 Memory = Literal["auto", "dense", "streaming"]
@@ -22,6 +23,7 @@ SCALES = ("mean", "median", "max")
 
 # "auto" stores costs up to this many (256 MB in float32): a stored cost is the faster one on a CPU.
 STORED_AT_MOST = 1 << 26
+_FEW_FEATURES = 16  # measured: 1.2 to 4 times as fast up to here, slower from 64
 _BLOCK = 1 << 22  # costs that a statistic of streamed pairs holds at a time
 _DEGREE = {"sqeuclidean": 2, "euclidean": 1}  # c(tx, ty) = t^degree c(x, y)
 
@@ -31,10 +33,28 @@ def make_pairs(cost: CostFn, x: Tensor, y: Tensor, memory: Memory) -> Pairs:
     check_one_of("memory", memory, MEMORIES)
     if memory == "streaming" and cost.streaming is None:
         raise ValueError(f"memory must not be 'streaming' for {cost}, which has no such kernel")
-    if memory == "auto":
+    if memory == "auto" and _has_kernel(cost, x):
         large = x.shape[:-1].numel() * y.shape[-2] > STORED_AT_MOST
-        memory = "streaming" if large and cost.streaming is not None else "dense"
+        memory = "streaming" if large else "dense"
     return (StreamedPairs if memory == "streaming" else StoredPairs)(cost, x, y)
+
+
+def own_pairs(pairs: Pairs, side: Literal[0, 1], memory: Memory) -> Pairs:
+    """Return the pairs within x (side 0) or y, at the scale of those between them.
+
+    A symmetric problem takes a few iterations, in which stored costs of few features never earn
+    back what writing them took.
+    """
+    points = pairs.points[side]
+    streamed = isinstance(pairs, StreamedPairs)
+    if memory == "auto" and points.shape[-1] <= _FEW_FEATURES and _has_kernel(pairs.cost, points):
+        streamed |= not isinstance(pairs.scale, Tensor) or pairs.cost.streaming in _DEGREE
+    return (StreamedPairs if streamed else StoredPairs)(pairs.cost, points, points, pairs.scale)
+
+
+def _has_kernel(cost: CostFn, points: Tensor) -> bool:
+    """Tell whether a kernel streams the cost: the reference would take [n, m, d] numbers."""
+    return cost.streaming is not None and SINKHORN_POINTS.serving(points.device.type) != "reference"
 
 
 class Pairs(ABC):
@@ -48,10 +68,6 @@ class Pairs(ABC):
     def between(self, points: Tensor) -> Pairs:
         """Return the pairs of other points with y, at the same scale and kept in the same way."""
         return type(self)(self.cost, points, self.points[1], self.scale)
-
-    def among(self, points: Tensor) -> Pairs:
-        """Return the pairs within one set of points, at the same scale and kept in the same way."""
-        return type(self)(self.cost, points, points, self.scale)
 
     @abstractmethod
     def detached(self) -> Pairs:

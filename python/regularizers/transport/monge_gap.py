@@ -17,11 +17,12 @@ from regularizers.transport.sinkhorn import (
     ScaleCost,
     SinkhornSolution,
     check_points,
+    check_solver_options,
     entropic_strength,
+    masses,
     reduced,
     scaled_pairs,
     solve,
-    uniform,
 )
 from regularizers.transport.sinkhorn_divergence import check_epsilon, divergence
 
@@ -101,7 +102,7 @@ def monge_gap(
         half-precision points.
 
     Raises:
-        TypeError: as :func:`~regularizers.transport.sinkhorn`.
+        TypeError: as :func:`~regularizers.transport.sinkhorn`; an option is unknown.
         ValueError: likewise; or ``Tx`` has not the shape of ``x``, or ``convention`` is unknown.
 
     Example:
@@ -120,15 +121,16 @@ def monge_gap(
         raise ValueError(f"Tx must have the shape {list(x.shape)} of x, got {list(Tx.shape)}")
     check_one_of("convention", convention, _CONVENTIONS)
     check_one_of("reduction", reduction, REDUCTIONS)
+    check_solver_options(options)
     pairs = scaled_pairs(as_cost(cost), x, Tx, memory, scale_cost)
     displacement = pairs.cost.paired(x, Tx).mean(-1)
     if not scale_transport_only:
         displacement = displacement / pairs.scale
     strength = entropic_strength(pairs, epsilon, relative_epsilon)
-    weight = uniform(None, x)
+    weight = masses("a", None, x)
     if convention == "debiased":
         transport, solution = divergence(
-            pairs, weight, weight, strength, lambda _: strength, False, None, options
+            pairs, weight, weight, strength, lambda _: strength, False, None, memory, options
         )
     else:
         solution = solve(pairs, weight, weight, strength, **options)
@@ -197,6 +199,7 @@ class MongeGap(ScheduledModule):
         super().__init__()
         check_one_of("convention", convention, _CONVENTIONS)
         check_one_of("reduction", reduction, REDUCTIONS)
+        check_solver_options(options)
         self.cost = as_cost(cost)
         self.convention: GapConvention = convention
         self.options: dict[str, Any] = {

@@ -18,6 +18,7 @@ from regularizers._shared.checks import (
     check_same_dtype,
 )
 from regularizers.ops._operator import accumulate_dtype, transformed
+from regularizers.ops._sinkhorn_arguments import check_options
 from regularizers.ops.masked_linear_cross_entropy import Reduction
 from regularizers.transport._pairs import MEMORIES, SCALES, Memory, Pairs, make_pairs
 from regularizers.transport.cost import CostFn, SqEuclidean, as_cost
@@ -29,6 +30,18 @@ ScaleCost = float | Literal["mean", "median", "max"]
 CONVENTIONS = ("kl", "entropy", "sharp", "dual")
 _DIFFERENTIATE = ("envelope", "implicit", "unroll")
 _RELATIVE = ("mean", "std")
+_DEFAULTS: dict[str, Any] = {  # of the options that losses hand on
+    "max_iter": 2000,
+    "min_iter": 0,
+    "inner_iter": 1,
+    "tol": 1e-3,
+    "norm_error": "l1",
+    "eps_init": 1.0,
+    "eps_decay": 1.0,
+    "momentum": "auto",
+    "tau_a": 1.0,
+    "tau_b": 1.0,
+}
 _INSIDE = ("regularizers.", "torch.")  # a warning is about the code that called from outside
 
 
@@ -141,8 +154,9 @@ def sinkhorn(
             raise ValueError("memory must not be 'streaming' with differentiate='unroll'")
         memory = "dense"
     pairs = scaled_pairs(as_cost(cost), x, y, memory, scale_cost)
+    strength = entropic_strength(pairs, epsilon, relative_epsilon)
     return solve(
-        pairs, uniform(a, x), uniform(b, y), entropic_strength(pairs, epsilon, relative_epsilon),
+        pairs, masses("a", a, x), masses("b", b, y), strength,
         differentiate=differentiate, max_iter=max_iter, min_iter=min_iter, inner_iter=inner_iter,
         tol=tol, norm_error=norm_error, eps_init=eps_init, eps_decay=eps_decay, momentum=momentum,
         tau_a=tau_a, tau_b=tau_b, symmetric=symmetric, f0=f0, g0=g0,
@@ -370,7 +384,7 @@ def solve(
     if differentiate == "unroll":
         options["unroll"] = True
     found = pairs.solve(a, b, epsilon, **options)
-    if options.get("tol", 1e-3) > 0.0 and _is_visible(found.converged):
+    if options.get("tol", _DEFAULTS["tol"]) > 0.0 and _is_visible(found.converged):
         _warn_unless_converged(found)
     return SinkhornSolution(
         pairs,
@@ -423,13 +437,21 @@ def check_points(
             raise ValueError(f"{label} must be finite, got NaN or infinity")
 
 
-def uniform(weight: Tensor | None, points: Tensor) -> Tensor:
+def check_solver_options(options: dict[str, Any]) -> None:
+    """Check the options of a loss that say how to iterate, names and values."""
+    for name in options:
+        if name not in _DEFAULTS:
+            raise TypeError(f"{name} is not an option here; there are {', '.join(_DEFAULTS)}")
+    check_options(symmetric=False, **{**_DEFAULTS, **options})
+
+
+def masses(name: str, weight: Tensor | None, points: Tensor) -> Tensor:
     """Return masses ``[..., n]``; 1/n each when none are given. The solver checks them."""
     dtype = accumulate_dtype(points.dtype)
     if weight is None:
         n = points.shape[-2]
         return torch.full(points.shape[:-1], 1 / n, dtype=dtype, device=points.device)
-    check_floating("a or b", weight)
+    check_floating(name, weight)
     return weight.to(dtype)
 
 

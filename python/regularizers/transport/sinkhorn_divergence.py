@@ -11,7 +11,7 @@ from torch import Tensor
 from regularizers._shared.checks import check_one_of
 from regularizers._shared.scheduled import ScheduledModule
 from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
-from regularizers.transport._pairs import Memory, Pairs
+from regularizers.transport._pairs import Memory, Pairs, own_pairs
 from regularizers.transport.conventions import check_scaling, from_blur
 from regularizers.transport.cost import CostFn, SqEuclidean, as_cost
 from regularizers.transport.sinkhorn import (
@@ -19,12 +19,13 @@ from regularizers.transport.sinkhorn import (
     ScaleCost,
     SinkhornSolution,
     check_points,
+    check_solver_options,
     entropic_strength,
+    masses,
     reduced,
     scaled_pairs,
     sinkhorn,
     solve,
-    uniform,
 )
 
 
@@ -77,7 +78,8 @@ def sinkhorn_divergence(
         offset_yy: with ``static_y``, :math:`W_\varepsilon(y, y)` from before; half of it is
             subtracted. ``sinkhorn_cost(y, y, b, b, symmetric=True, epsilon=...)`` gives it.
         reduction: over the batch: ``"mean"``, ``"sum"`` or ``"none"``.
-        memory: as for :func:`~regularizers.transport.sinkhorn`.
+        memory: as for :func:`~regularizers.transport.sinkhorn`; ``"auto"`` streams the terms of x
+            and of y, which take few iterations, up to 16 features.
         check_finite: as there.
         options: how to iterate, names and defaults as there: ``max_iter``, ``min_iter``,
             ``inner_iter``, ``tol``, ``norm_error``, ``eps_init``, ``eps_decay``, ``momentum``,
@@ -89,7 +91,7 @@ def sinkhorn_divergence(
         half-precision points.
 
     Raises:
-        TypeError: as :func:`~regularizers.transport.sinkhorn`.
+        TypeError: as :func:`~regularizers.transport.sinkhorn`; an option is unknown.
         ValueError: likewise; or ``tau_a`` and ``tau_b`` differ, or there is an ``offset_yy``
             without ``static_y``.
 
@@ -106,16 +108,17 @@ def sinkhorn_divergence(
     """
     check_points(x, y, check_finite)
     check_one_of("reduction", reduction, REDUCTIONS)
+    check_solver_options(options)
     if offset_yy is not None and not static_y:
         raise ValueError("offset_yy needs static_y=True: the term of y is computed otherwise")
     pairs = scaled_pairs(as_cost(cost), x, y, memory, scale_cost)
-    a, b = uniform(a, x), uniform(b, y)
+    a, b = masses("a", a, x), masses("b", b, y)
     strength = entropic_strength(pairs, epsilon, relative_epsilon)
     if not share_epsilon:
         own = lambda pairs: entropic_strength(pairs, epsilon, relative_epsilon)  # noqa: E731
     else:
         own = lambda pairs: strength  # noqa: E731
-    value, _ = divergence(pairs, a, b, strength, own, static_y, offset_yy, options)
+    value, _ = divergence(pairs, a, b, strength, own, static_y, offset_yy, memory, options)
     return reduced(value, reduction)
 
 
@@ -127,6 +130,7 @@ def divergence(
     own_epsilon: Callable[[Pairs], Tensor],
     static_y: bool,
     offset_yy: float | Tensor | None,
+    memory: Memory,
     options: dict[str, Any],
 ) -> tuple[Tensor, SinkhornSolution]:
     """Return the divergences ``[...]`` and the solution between x and y."""
@@ -136,9 +140,8 @@ def divergence(
     between = solve(pairs, a, b, epsilon, **options)
     of_one: dict[str, Any] = {**options, "eps_init": 1.0, "symmetric": True}
 
-    def own(side: int, weight: Tensor) -> Tensor:
-        points = pairs.points[side]
-        within = pairs.among(points)
+    def own(side: Literal[0, 1], weight: Tensor) -> Tensor:
+        within = own_pairs(pairs, side, memory)
         return solve(within, weight, weight, own_epsilon(within), **of_one).value
 
     value = between.value - 0.5 * own(0, a)
@@ -248,6 +251,7 @@ class SinkhornDivergence(ScheduledModule):
             for name, length in (("reach", reach), ("scaling", scaling), ("diameter", diameter)):
                 if length is not None:
                     raise ValueError(f"{name} must not be given without blur")
+        check_solver_options(settings)
         self.cost = as_cost(SqEuclidean() if cost is None else cost)
         self.debias = debias
         self.reduction: Reduction = reduction
