@@ -411,7 +411,7 @@ static inline Vector<double> exp2_polynomial(Vector<double> r) {
 
 #if defined(__AVX512F__)
 static inline Vector<float> exp2(Vector<float> t) {
-  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-150.0f), (__m512)t);  // keeps a NaN of t
+  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-152.0f), (__m512)t);  // keeps a NaN of t
   const __m512 n = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vector<float> power = exp2_polynomial((Vector<float>)_mm512_sub_ps(bounded, n));
   return (Vector<float>)_mm512_scalef_ps((__m512)power, n);
@@ -427,7 +427,7 @@ static inline Vector<double> exp2(Vector<double> t) {
 // Adding 1.5 * 2^mantissa rounds to an integer and leaves it in the low bits. 2^n is applied in two
 // halves, since n reaches 128 (float), which no exponent holds.
 static inline Vector<float> exp2(Vector<float> t) {
-  const Vector<float> low = broadcast(-150.0f), high = broadcast(129.0f);
+  const Vector<float> low = broadcast(-152.0f), high = broadcast(129.0f);
   Vector<float> bounded = t < low ? low : t;
   bounded = bounded > high ? high : bounded;
   const Vector<float> shifted = bounded + 12582912.0f;

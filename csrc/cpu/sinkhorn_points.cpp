@@ -8,7 +8,7 @@ namespace {
 using torch::stable::contiguous;
 
 // Points of one side as the kernels read them: rows of features, panels of columns, and squared
-// norms. Points without mass are put at the origin, whatever they are.
+// norms. Points without mass that are not finite are put at the origin.
 template <typename A>
 struct Side {
   int64_t count, features, padded;
@@ -31,8 +31,12 @@ struct Side {
       A* to = rows.data() + i * features;
       double square = 0.0;
       for (int64_t d = 0; d < features; ++d) {
-        to[d] = mass[i] > 0 ? static_cast<A>(from[d] - centre[d]) : A{0};
+        to[d] = static_cast<A>(from[d] - centre[d]);
         square += static_cast<double>(to[d]) * to[d];
+      }
+      if (!(mass[i] > 0) && !std::isfinite(square)) {
+        std::fill(to, to + features, A{0});
+        square = 0.0;
       }
       if (unit_length) {
         const double factor = square > 0.0 ? 1.0 / std::sqrt(square) : 0.0;
