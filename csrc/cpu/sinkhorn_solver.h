@@ -143,6 +143,25 @@ class RoundingFloor {
   int64_t since_ = 0;
 };
 
+// Only an iteration with an exact update of the rows can end the solution. Under over-relaxation
+// the rows carry most of the error, so that such an iteration is tried already where the error is
+// near the tolerance, but not too often: it costs some of the momentum.
+class Verification {
+ public:
+  static constexpr double kNear = 20.0;
+
+  void ask(int64_t iteration) {
+    if (iteration - last_ >= kPause) {
+      last_ = iteration;
+    }
+  }
+  bool due(int64_t iteration) const { return iteration == last_; }
+
+ private:
+  static constexpr int64_t kPause = 6;
+  int64_t last_ = -kPause;
+};
+
 // What the driver needs of a problem: the arrays of a sweep, and the sweeps themselves.
 template <typename A>
 class SinkhornProblem {
@@ -265,11 +284,13 @@ class SinkhornDriver {
         }
       }
     }
-    bool verify = true;  // the first iteration has no f to relax from
+    Verification verification;
     for (int64_t k = 0; k < options_.max_iter; ++k) {
       change_epsilon(epsilon_at(k));
       const bool annealing = epsilon_ > target_epsilon_, last = k + 1 == options_.max_iter;
-      const double omega = verify || last || annealing ? 1.0 : relaxation_.omega();
+      const bool verifying = verification.due(k);
+      // The first iteration has no f to relax from.
+      const double omega = k == 0 || verifying || last || annealing ? 1.0 : relaxation_.omega();
       sweep(options_.tau_a, omega, /*with_columns=*/true);
       SinkhornColumns columns = measure();
       result.iterations = k + 1;
@@ -287,11 +308,13 @@ class SinkhornDriver {
         result.converged = result.error <= options_.tol && !annealing;
         break;
       }
-      if (!annealing) {
+      if (!annealing && !verifying) {
         relaxation_.observe(result.error, total_a_, columns.lowest_ratio);
       }
-      // Only an exact update of the rows ends the iteration: the next one that tests does it.
-      verify = (good || stuck) && options_.tests(k + 1);
+      const bool near = options_.tol > 0.0 && result.error <= Verification::kNear * options_.tol;
+      if ((near || stuck) && relaxation_.omega() != 1.0 && options_.tests(k + 1)) {
+        verification.ask(k + 1);
+      }
       move(columns, annealing ? 1.0 : relaxation_.omega());
     }
     read_potentials();

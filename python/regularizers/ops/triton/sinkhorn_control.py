@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from regularizers.ops._sinkhorn_reference import Options, RoundingFloor
+from regularizers.ops._sinkhorn_reference import Options, RoundingFloor, Verification
 
 # The numbers of an item: [B, SLOTS] float64.
 SLOTS = tl.constexpr(32)
@@ -40,8 +40,12 @@ LOW = tl.constexpr(19)
 BEST = tl.constexpr(20)  # RoundingFloor
 BEST_SINCE = tl.constexpr(21)
 LEVEL = tl.constexpr(22)  # of rounding
+CAP = tl.constexpr(31)  # of Relaxation, from the lowest ratio
+VERIFIED = tl.constexpr(16)  # Verification: the last exact iteration that was asked for
 ERRORS = tl.constexpr(23)  # the last seven, latest last
 HISTORY = tl.constexpr(7)
+NEAR = tl.constexpr(Verification.NEAR)
+PAUSE = tl.constexpr(Verification.PAUSE)
 
 # What sweeps note: of the rows, by program: sum and largest of the errors, mass of the plan; of
 # the columns, by block, the same and the lowest ratio of a column's sum to its target.
@@ -67,6 +71,7 @@ def start(options: Options, a: Tensor, epsilon: Tensor, active: Tensor) -> Tenso
         OMEGA_ROWS: 1.0,  # the first iteration has no f to relax from
         OMEGA: 1.0 if options.symmetric else options.momentum or 1.0,
         BEST: float("inf"),
+        VERIFIED: -Verification.PAUSE,
         LEVEL: RoundingFloor(a.dtype).level,
     }
     for slot, number in numbers.items():
@@ -174,18 +179,23 @@ def _step(
         tl.store(state + ACTIVE, 0.0)
     else:
         omega = tl.load(state + OMEGA)
-        if ADAPTIVE and annealed:
-            omega = _observe(state, omega, error, mass)
-            tl.store(state + OMEGA, omega)
+        verified = tl.load(state + VERIFIED)
+        if ADAPTIVE:
+            if annealed & (verified != k):
+                omega = _observe(state, omega, error, mass)
+                tl.store(state + OMEGA, omega)
+                tl.store(state + CAP, _largest_safe(lowest))
             if omega > 1.0:
-                omega = tl.maximum(1.0, tl.minimum(omega, _largest_safe(lowest)))
+                omega = tl.maximum(1.0, tl.minimum(omega, tl.load(state + CAP)))
         factor = tl.load(state + FACTOR) * tl.load(state + DECAY)
         following = epsilon * tl.maximum(factor, 1.0)
         tl.store(state + FACTOR, factor)
         tl.store(state + NOW, following)
         tl.store(state + OMEGA_COLUMNS, tl.where(annealed, omega, 1.0))
-        # Only an exact update of the rows ends the iteration: the next one that tests does it.
-        verifies = enough & (k + 2 >= min_iter) & ((k + 2) % inner_iter == 0)
+        near = (error <= NEAR * tl.load(state + TOL)) & STOPS
+        asks = (near | stuck) & (omega != 1.0) & (k + 1 - verified >= PAUSE)
+        verifies = asks & (k + 2 >= min_iter) & ((k + 2) % inner_iter == 0)
+        tl.store(state + VERIFIED, tl.where(verifies, (k + 1).to(tl.float64), verified))
         plain = verifies | (k + 2 == max_iter) | (following > epsilon)
         tl.store(state + OMEGA_ROWS, tl.where(plain, 1.0, omega))
 
