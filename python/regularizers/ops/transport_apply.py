@@ -66,6 +66,7 @@ def transport_apply(
         ValueError: likewise.
 
     Example:
+        >>> from regularizers.ops import sinkhorn_points
         >>> x = torch.tensor([[0.0], [1.0]])
         >>> found = sinkhorn_points(x, x + 2, epsilon=0.01)
         >>> transport_apply(x, x + 2, found.f, found.g, x + 2, epsilon=0.01) * 2

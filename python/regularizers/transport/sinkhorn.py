@@ -134,7 +134,7 @@ def sinkhorn(
 
     Example:
         >>> x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.5]])
-        >>> found = sinkhorn(x, y, epsilon=0.05)
+        >>> found = sinkhorn(x, y, epsilon=0.05, tol=1e-5)
         >>> found.value, found.objective("sharp")
         (tensor(5.1597), tensor(5.1250))
         >>> found.transport()
