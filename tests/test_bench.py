@@ -241,6 +241,20 @@ def test_run_writes_json_and_a_plot_for_every_curve(toy_run):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in folder.glob("*.png"))
 
 
+def test_curve_may_drop_a_candidate_at_some_sizes(monkeypatch, tmp_path):
+    def case(size):
+        peers = {"slow": lambda: torch.ones(size)} if size < 200 else {}
+        return Case("toy", ours=lambda: torch.ones(size), peers=peers)
+
+    curve = ScalingCurve("dropped", "a toy", "size", (100, 200), case)
+    module = types.SimpleNamespace(cases=lambda *_: [], scaling=lambda *_: [curve])
+    monkeypatch.setattr(runner, "discover", lambda family: {"toy": module})
+    assert run("toy", output=tmp_path, seconds=0.01) == 0
+    report = Report.load(tmp_path / "toy-cpu.json")
+    assert [found.get("slow") is None for found in report.curves[0].cases] == [False, True]
+    assert (tmp_path / "toy-cpu-dropped.png").stat().st_size > 0
+
+
 def test_run_prints_candidates_missing_ones_and_goals(toy_run):
     _, _, printed = toy_run
     for text in ("ours", "eager", "absent is missing: ZeroDivisionError", "1 of 1 goals met"):

@@ -100,7 +100,8 @@ def figures():
             for name in (row.eager, row.other)
         )
         floor = f"{case[row.floor].time_ratio.median:.2f}"
-        lines.append(f"| {row.label} | {eager} | {row.other and row.other + ': '}{other} | {floor} |")
+        other = f"{row.other}: {other}" if row.other else other
+        lines.append(f"| {row.label} | {eager} | {other} | {floor} |")
     return "\n".join(lines)
 
 

@@ -77,14 +77,20 @@ def _draw_times(axes: Axes, curve: CurveResult, styles: dict[str, dict[str, Any]
 
 
 def _times(curve: CurveResult, name: str) -> list[Spread | None]:
-    return [case[name].seconds for case in curve.cases]
+    found = (case.get(name) for case in curve.cases)
+    return [None if measurement is None else measurement.seconds for measurement in found]
 
 
 def _draw_memory(axes: Axes, curve: CurveResult, styles: dict[str, dict[str, Any]]) -> None:
-    """Draw ours and the peers; a floor brings its memory along, so its calls take none."""
+    """Draw ours and the peers; a floor brings its memory along, so its calls take none.
+
+    The larger of both measures: torch's allocator does not see what kernels take past it, resident
+    memory does not see what is allocated and never touched.
+    """
     for found in curve.cases[0].measurements:
         if found.role != "floor":
-            peaks = [case[found.name].peak_bytes for case in curve.cases]
+            measured = [case.get(found.name) for case in curve.cases]
+            peaks = [one and max(one.peak_bytes or 0, one.resident_bytes or 0) for one in measured]
             mebibytes = [peak / 2**20 if peak else math.nan for peak in peaks]
             axes.plot(curve.sizes, mebibytes, **styles[found.name])
     mebibytes_formatter = FuncFormatter(lambda value, _: f"{value:g} MiB")

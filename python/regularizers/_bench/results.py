@@ -78,8 +78,15 @@ class CaseResult:
 
     def __getitem__(self, name: str) -> Measurement:
         """Return a candidate by its name, or by a name in ``best``."""
+        found = self.get(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def get(self, name: str) -> Measurement | None:
+        """Return a candidate, or None: a curve may drop some where sizes become too large."""
         name = self.best.get(name, name)
-        return next(found for found in self.measurements if found.name == name)
+        return next((found for found in self.measurements if found.name == name), None)
 
 
 @dataclass(frozen=True)

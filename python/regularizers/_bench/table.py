@@ -126,11 +126,14 @@ class Screen:
         table.add_column(curve.size, justify="right", vertical="bottom")
         for found in curve.cases[0].measurements:
             table.add_column(found.name, justify="right", style=_STYLES[found.role])
+        names = [found.name for found in curve.cases[0].measurements]
         for size, case in zip(curve.sizes, curve.cases, strict=True):
             cells = [
-                _time(found.seconds) if timed else _mebibytes(found.peak_bytes)
-                for found in case.measurements
-            ]
+                "" if found is None
+                else _time(found.seconds) if timed
+                else _mebibytes(found.peak_bytes)
+                for found in map(case.get, names)
+            ]  # fmt: skip
             table.add_row(str(size), *cells)
         self._console.print(curve.title, style="bold", markup=False)
         self._console.print("median time" if timed else "peak memory, MiB", style="dim")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from regularizers import _extension, backend
+from regularizers import backend
 
 LIBRARY = torch.library.Library("regularizers", "FRAGMENT")
 OPERATORS: dict[str, Operator] = {}
@@ -128,7 +128,9 @@ class Operator:
     def serving(self, device_type: str) -> str:
         """Name the backend that serves a device while the choice is automatic."""
         if device_type == "cpu":
-            return "reference" if _extension.cpp_missing else "cpp"
+            name = f"regularizers::{self.name}"
+            compiled = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+            return "cpp" if compiled else "reference"
         if device_type == "cuda":
             return next(
                 (name for name in self._cuda_order if not backend.why_unavailable(name)),
