@@ -70,6 +70,11 @@ class Operator:
         for which, implementation in implementations.items():
             self._register(which, schema, fake, implementation, setup_context, backward)
         LIBRARY.impl(name, self._run_on_cuda, "CUDA")
+        # The C++ kernels registered when `backend` loaded them. Asked here, once: torch.compile
+        # cannot trace the question.
+        self._has_cpp: bool = torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"regularizers::{name}", "CPU"
+        )
 
     def _register(
         self,
@@ -128,9 +133,7 @@ class Operator:
     def serving(self, device_type: str) -> str:
         """Name the backend that serves a device while the choice is automatic."""
         if device_type == "cpu":
-            name = f"regularizers::{self.name}"
-            compiled = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
-            return "cpp" if compiled else "reference"
+            return "cpp" if self._has_cpp else "reference"
         if device_type == "cuda":
             return next(
                 (name for name in self._cuda_order if not backend.why_unavailable(name)),
