@@ -90,6 +90,7 @@ def _process(rank, folder):
     except ValueError as error:
         found["error"] = str(error)
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    dist.barrier()  # a process that leaves early aborts the other's threads
     dist.destroy_process_group()
 
 
