@@ -202,7 +202,7 @@ def differentiate_backward(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        grad_result, *inputs = (_alias(tensor, create_graph) for tensor in (grad_result, *inputs))
+        grad_result, *inputs = (alias(tensor, create_graph) for tensor in (grad_result, *inputs))
         pairs = [(i, c) for i, c in zip(inputs, cotangents, strict=True) if c is not None]
         first = torch.autograd.grad(
             function(*inputs), [tensor for tensor, _ in pairs], grad_result, create_graph=True
@@ -216,7 +216,7 @@ def differentiate_backward(
         )
 
 
-def _alias(tensor: Tensor, keep_history: bool) -> Tensor:
+def alias(tensor: Tensor, keep_history: bool) -> Tensor:
     """Return a tensor where derivatives stop, even if one input was computed from another."""
     if keep_history and tensor.requires_grad:
         return tensor.view_as(tensor)

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from regularizers._shared.checks import check_floating, check_same_device
 from regularizers.ops._marginal_solve import solve_marginals
-from regularizers.ops._operator import Operator, accumulate_dtype, full_precision, transformed
+from regularizers.ops._operator import (
+    Operator,
+    accumulate_dtype,
+    alias,
+    full_precision,
+    transformed,
+)
 from regularizers.ops._sinkhorn_arguments import (
     PointCost,
     point_arguments,
@@ -177,12 +183,7 @@ def _apply_backward(
     wanted = [k for k in (0, 1, 2, 3, 5, 6, 7) if ctx.needs_input_grad[k]]
     totals: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     with torch.enable_grad():
-        sides = [
-            (t.view_as(t) if create_graph and t.requires_grad else t.detach().requires_grad_())
-            if k in wanted
-            else t
-            for k, t in enumerate(tensors)
-        ]
+        sides = [alias(t, create_graph) if k in wanted else t for k, t in enumerate(tensors)]
         x, y, a, b, epsilon, f, g, v = sides
         height = max(1, _BLOCK // max(1, y.shape[1] * x.shape[0]))
         masked = within(a, row_sizes)
@@ -338,12 +339,7 @@ def _marginals_backward(
     found[7], found[8] = s, t
     if wanted:
         with torch.enable_grad():
-            leaves = [
-                (x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_())
-                if k in wanted
-                else x
-                for k, x in enumerate(sides)
-            ]
+            leaves = [alias(t, create_graph) if k in wanted else t for k, t in enumerate(sides)]
             plan = Plan(which or None, leaves, sizes, cost, scale)
             vectors = torch.stack([columns, t, t * columns / tau_b], -1)
             product, sums = plan.times(vectors)
