@@ -16,9 +16,39 @@ from regularizers._version import __version__
 from regularizers.backend import use_backend
 
 # Families load on first use; __init__.pyi spells them out for type checkers.
-_LAZY = ("catalog", "dropout", "transport")
+_LAZY = (
+    "catalog",
+    "dropout",
+    "finetuning",
+    "generative",
+    "geometry",
+    "mixing",
+    "representation",
+    "robustness",
+    "scaling",
+    "tasks",
+    "transport",
+    "weights",
+)
 
-__all__ = ["__version__", "catalog", "dropout", "info", "ops", "transport", "use_backend"]
+__all__ = [
+    "__version__",
+    "catalog",
+    "dropout",
+    "finetuning",
+    "generative",
+    "geometry",
+    "info",
+    "mixing",
+    "ops",
+    "representation",
+    "robustness",
+    "scaling",
+    "tasks",
+    "transport",
+    "use_backend",
+    "weights",
+]
 
 
 def __getattr__(name: str) -> Any:

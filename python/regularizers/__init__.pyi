@@ -1,7 +1,16 @@
 from regularizers import catalog as catalog
 from regularizers import dropout as dropout
+from regularizers import finetuning as finetuning
+from regularizers import generative as generative
+from regularizers import geometry as geometry
+from regularizers import mixing as mixing
 from regularizers import ops as ops
+from regularizers import representation as representation
+from regularizers import robustness as robustness
+from regularizers import scaling as scaling
+from regularizers import tasks as tasks
 from regularizers import transport as transport
+from regularizers import weights as weights
 from regularizers._info import info as info
 from regularizers._version import __version__ as __version__
 from regularizers.backend import use_backend as use_backend

@@ -1,0 +1,3 @@
+"""Losses and regularizers of generative models."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Protocols and losses of particular tasks."""
+
+__all__: list[str] = []

@@ -1,0 +1,3 @@
+"""Weights of classes, samples and losses."""
+
+__all__: list[str] = []
