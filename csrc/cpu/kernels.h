@@ -270,6 +270,21 @@ struct SparseOtKernels {
   void (*project_backward)(const SparseProjectionBackward& problem, int64_t begin, int64_t end);
 };
 
+// Rows copied between the caller's order and that of their lengths; see nested_kernels.h.
+struct PrefixRows {
+  const void* from;
+  void* to;
+  const int64_t* order;  // [rows]: the caller's index of row i
+  const int64_t* kept;   // [rows]: entries that are copied
+  const int64_t* width;  // [rows]: entries that are written; behind `kept` zeros
+  int64_t from_stride, to_stride;
+};
+
+struct PrefixKernels {
+  void (*gather)(const PrefixRows& rows, int64_t begin, int64_t end);   // T -> A
+  void (*scatter)(const PrefixRows& rows, int64_t begin, int64_t end);  // A -> T
+};
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
@@ -278,6 +293,7 @@ struct Kernels {
   SinkhornPointsKernels sinkhorn_points[2];  // of float and double: points are widened first
   SketchKernels sketch[2];                   // kFloat, kDouble
   SparseOtKernels sparse_ot[kStorageTypes];
+  PrefixKernels prefix[kStorageTypes];
 };
 
 namespace baseline {
