@@ -2,6 +2,7 @@
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
+#include "mix_kernels.h"
 #include "sinkhorn_kernels.h"
 #include "sinkhorn_points_kernels.h"
 #include "sketch_kernels.h"
@@ -38,6 +39,8 @@ const Kernels& kernels() {
       {sketch_kernels<float>(), sketch_kernels<double>()},
       {sparse_ot_kernels<float>(), sparse_ot_kernels<double>(), sparse_ot_kernels<bfloat16>(),
        sparse_ot_kernels<float16>()},
+      {mix_kernels<float>(), mix_kernels<double>(), mix_kernels<bfloat16>(),
+       mix_kernels<float16>()},
   };
   return table;
 }

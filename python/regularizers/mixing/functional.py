@@ -160,26 +160,48 @@ def drawing_device(generator: torch.Generator | None) -> torch.device:
     return torch.device("cpu") if generator is None else generator.device
 
 
+def label_weight_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of label weights: float64 for float64 inputs, else float32."""
+    return accumulate_dtype(x.dtype)
+
+
 def draw_partners(
     x: Tensor,
-    target: Tensor,
-    draw: Callable[[int], Tensor],
+    perm: Tensor | None,
+    draw_weights: Callable[[], Tensor],
     prob: float,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return weights and a permutation, drawn together; weight 1 and the identity at 1 - prob.
+    """Return weights, where they are drawn, and a permutation, beside ``x``.
 
-    ``draw(B)`` gives the weights, on the device where random numbers are drawn.
+    Both are drawn in this order whatever ``prob`` says, so that one state of a generator gives the
+    same for every ``prob``. At probability 1 - ``prob`` the weights are 1 and the permutation is
+    the identity.
     """
-    place = drawing_device(generator)
-    batch = x.shape[0]
-    lam = draw(batch)
-    perm = torch.randperm(batch, generator=generator, device=place)
+    place, batch = drawing_device(generator), x.shape[0]
+    lam = draw_weights()
+    if perm is None:
+        partners = torch.randperm(batch, generator=generator, device=place).to(x.device)
+    else:
+        check_tensor("perm", perm)
+        if perm.dtype != torch.int64:
+            raise TypeError(f"perm must be int64, got {perm.dtype}")
+        check_shape("perm", perm, (batch,), "[batch of x]")
+        check_same_device("perm", perm, "x", x)
+        partners = perm
     if prob < 1:
         hit = torch.rand((), generator=generator, device=place) < prob
         lam = torch.where(hit, lam, 1.0)
-        perm = torch.where(hit, perm, torch.arange(batch, device=place))
-    return lam, perm
+        identity = torch.arange(batch, device=x.device)
+        partners = torch.where(hit.to(x.device), partners, identity)
+    return lam, partners
+
+
+def unmixed(x: Tensor, target: Tensor) -> MixBatch:
+    """Return a batch as it is, in the form of a mixed one."""
+    check_labelled_batch(x, target)
+    one = torch.ones((), dtype=label_weight_dtype(x), device=x.device)
+    return MixBatch(x, target, target, one, torch.arange(x.shape[0], device=x.device))
 
 
 def check_labelled_batch(x: Tensor, target: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ def paste_boxes(x: Tensor, perm: Tensor, box: Tensor) -> Tensor:
     check_tensor("x", x)
     _check_rows(x, perm)
     boxes = _boxes(box, x, perm)
-    x = x.contiguous(memory_format=_layout(x))
+    all_sides = boxes.shape[1] == x.dim() - 1  # channels too: they have to come first in memory
+    x = x.contiguous(memory_format=torch.contiguous_format if all_sides else _layout(x))
     if transformed():
         return _paste(x, perm, boxes)
     result: Tensor = PASTE(x, perm, boxes)
@@ -181,6 +183,12 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def _rows_like(x: Tensor, rows: int) -> Tensor:
+    """Return a new tensor of so many rows, each laid out in memory as those of x."""
+    strides = (max(math.prod(x.shape[1:]), 1), *x.stride()[1:])
+    return torch.empty_strided((rows, *x.shape[1:]), strides, dtype=x.dtype, device=x.device)
+
+
 # --- the specifications, in plain PyTorch -----------------------------------------------------
 
 
@@ -233,9 +241,8 @@ def _check_perm(perm: Tensor, rows: int) -> None:
 
 
 def _check_weights(lam: Tensor) -> None:
-    found = known_range(lam)
-    if found is not None and not (found[0] >= 0 and found[1] <= 1):
-        raise ValueError(f"lam must lie in [0, 1], got values from {found[0]} to {found[1]}")
+    for value in known_range(lam) or ():
+        check_probability("lam", value)
 
 
 def _check_box(box: Tensor, sizes: tuple[int, ...]) -> None:
@@ -257,7 +264,7 @@ def _mix_reference(x: Tensor, perm: Tensor, lam: Tensor) -> Tensor:
 
 
 def _mix_fake(x: Tensor, perm: Tensor, lam: Tensor) -> Tensor:
-    return torch.empty_like(x[: perm.shape[0]], memory_format=_layout(x))
+    return _rows_like(x, perm.shape[0])
 
 
 def _mix_backward_reference(
@@ -280,7 +287,7 @@ def _mix_backward_fake(
     grad: Tensor, x: Tensor, perm: Tensor, lam: Tensor, want_x: bool, want_lam: bool
 ) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty_like(x, memory_format=_layout(x)) if want_x else x.new_empty(0),
+        _rows_like(x, x.shape[0]) if want_x else x.new_empty(0),
         lam.new_empty(lam.shape) if want_lam else lam.new_empty(0),
     )
 
@@ -321,7 +328,7 @@ def _paste_reference(x: Tensor, perm: Tensor, box: Tensor) -> Tensor:
 
 
 def _paste_fake(x: Tensor, perm: Tensor, box: Tensor) -> Tensor:
-    return torch.empty_like(x[: perm.shape[0]], memory_format=_layout(x))
+    return _rows_like(x, perm.shape[0])
 
 
 def _paste_adjoint_reference(y: Tensor, perm: Tensor, box: Tensor, rows: int) -> Tensor:
@@ -329,9 +336,7 @@ def _paste_adjoint_reference(y: Tensor, perm: Tensor, box: Tensor, rows: int) ->
 
 
 def _paste_adjoint_fake(y: Tensor, perm: Tensor, box: Tensor, rows: int) -> Tensor:
-    return torch.empty(
-        (rows, *y.shape[1:]), dtype=y.dtype, device=y.device, memory_format=_layout(y)
-    )
+    return _rows_like(y, rows)
 
 
 # The map is linear in x and its adjoint linear in y, so each is the other's derivative.
