@@ -16,8 +16,23 @@
 
 namespace regularizers {
 
+// A new tensor with the type and on the device of `like`. torch/csrc/stable/ops.h of 2.10 has no
+// empty_strided.
+inline torch::stable::Tensor empty_strided(const torch::stable::Tensor& like,
+                                           const std::vector<int64_t>& sizes,
+                                           const std::vector<int64_t>& strides) {
+  int32_t dtype, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), dtype,
+                                                         device_type, device_index, &handle));
+  return torch::stable::Tensor(handle);
+}
+
 // A new [num_samples, *] on the device of x, every sample laid out as empty_like(x).
-// torch/csrc/stable/ops.h of 2.10 has no empty_strided.
 inline torch::stable::Tensor empty_samples(const torch::stable::Tensor& x, int64_t num_samples) {
   // Only its strides are wanted; those of a contiguous x are known without it.
   const torch::stable::Tensor like = x.is_contiguous() ? x : torch::stable::empty_like(x);
@@ -26,15 +41,7 @@ inline torch::stable::Tensor empty_samples(const torch::stable::Tensor& x, int64
     sizes.push_back(x.size(d));
     strides.push_back(like.stride(d));
   }
-  int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.data(), strides.data(), dtype,
-                                                         device_type, device_index, &handle));
-  return torch::stable::Tensor(handle);
+  return empty_strided(x, sizes, strides);
 }
 
 // The logical dimensions of one sample, neighbours merged wherever both sides step through them in

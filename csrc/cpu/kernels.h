@@ -285,6 +285,18 @@ struct PrefixKernels {
   void (*scatter)(const PrefixRows& rows, int64_t begin, int64_t end);  // A -> T
 };
 
+// Stretches of rows that are mixed; T is the storage type, A its accumulation type.
+struct MixKernels {
+  // to[e] = first_weight first[e] + second_weight second[e]
+  void (*blend)(const void* first, double first_weight, const void* second, double second_weight,
+                void* to, int64_t count);
+  // Returns the sum of (first[e] - second[e]) grad[e].
+  double (*difference_product)(const void* first, const void* second, const void* grad,
+                               int64_t count);
+  // to[e] += from[e]
+  void (*add)(const void* from, void* to, int64_t count);
+};
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
@@ -294,6 +306,7 @@ struct Kernels {
   SketchKernels sketch[2];                   // kFloat, kDouble
   SparseOtKernels sparse_ot[kStorageTypes];
   PrefixKernels prefix[kStorageTypes];
+  MixKernels mix[kStorageTypes];
 };
 
 namespace baseline {

@@ -4,6 +4,7 @@ from regularizers.ops import transport_potentials as _transport_potentials  # no
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.nested import prefix_linear
+from regularizers.ops.mix import mix, paste_boxes
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
 from regularizers.ops.sinkhorn import SinkhornOutput, sinkhorn, transport_plan
 from regularizers.ops.sinkhorn_points import sinkhorn_points
@@ -22,7 +23,9 @@ __all__ = [
     "TransportDual",
     "dropout_mask",
     "dropout_samples",
+    "mix",
     "multi_sample_dropout_cross_entropy",
+    "paste_boxes",
     "philox_4x32",
     "philox_words",
     "prefix_linear",
