@@ -297,6 +297,27 @@ struct MixKernels {
   void (*add)(const void* from, void* to, int64_t count);
 };
 
+// Which pixels of the planes [stream][sample][height][width] lie under no block of DropBlock.
+struct DropBlockMask {
+  int64_t batch, height, width, block_size;
+  bool whole_blocks;  // blocks are centred only where they fit
+  uint64_t seed;
+  DropRule rule;        // of a block's centre
+  uint8_t* keep;        // [streams][batch][height * width], 0xFF where kept, else 0
+  int64_t* kept;        // [streams][batch]
+  int64_t plane_bytes;  // scratch for a plane, its margins and what `spread` reads behind it
+};
+
+struct DropBlockKernels {
+  // to[j] = keep[j] ? scale * from[j] : 0.
+  void (*apply)(const void* from, void* to, const uint8_t* keep, int64_t elements, double scale);
+};
+
+struct RowGateKernels {
+  // to[j] = residual[j] + factor * x[j]; residual may be null, and factor 0 leaves x alone.
+  void (*gate)(const void* x, const void* residual, void* to, int64_t elements, double factor);
+};
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
@@ -307,6 +328,12 @@ struct Kernels {
   SparseOtKernels sparse_ot[kStorageTypes];
   PrefixKernels prefix[kStorageTypes];
   MixKernels mix[kStorageTypes];
+  // Samples [begin, end) of one stream. Scratch comes zeroed: plane_bytes, a byte for every pixel
+  // of these samples and a Philox block at either end.
+  void (*drop_block_mask)(const DropBlockMask& mask, int64_t stream, int64_t begin, int64_t end,
+                          uint8_t* scratch);
+  DropBlockKernels drop_block[kStorageTypes];
+  RowGateKernels row_gate[kStorageTypes];
 };
 
 namespace baseline {

@@ -1,9 +1,11 @@
 // All vectorised kernels, compiled once for each instruction set with REGULARIZERS_ISA naming it.
+#include "drop_block_kernels.h"
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
 #include "nested_kernels.h"
 #include "mix_kernels.h"
+#include "row_gate_kernels.h"
 #include "sinkhorn_kernels.h"
 #include "sinkhorn_points_kernels.h"
 #include "sketch_kernels.h"
@@ -49,6 +51,12 @@ const Kernels& kernels() {
        prefix_kernels<float16>()},
       {mix_kernels<float>(), mix_kernels<double>(), mix_kernels<bfloat16>(),
        mix_kernels<float16>()},
+      drop_block_mask,
+      {{drop_block_apply<float>},
+       {drop_block_apply<double>},
+       {drop_block_apply<bfloat16>},
+       {drop_block_apply<float16>}},
+      {{row_gate<float>}, {row_gate<double>}, {row_gate<bfloat16>}, {row_gate<float16>}},
   };
   return table;
 }

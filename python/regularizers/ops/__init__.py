@@ -1,11 +1,13 @@
 """The fused operators: functions of tensors and a seed, with kernels and a plain reference."""
 
 from regularizers.ops import transport_potentials as _transport_potentials  # noqa: F401 (registers)
+from regularizers.ops.drop_block import drop_block
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.nested import prefix_linear
 from regularizers.ops.mix import mix, paste_boxes
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
+from regularizers.ops.row_gate import row_gate
 from regularizers.ops.sinkhorn import SinkhornOutput, sinkhorn, transport_plan
 from regularizers.ops.sinkhorn_points import sinkhorn_points
 from regularizers.ops.sketch import sliced_characteristic, sliced_epps_pulley, sliced_quantile
@@ -21,6 +23,7 @@ from regularizers.ops.transport_apply import transport_apply
 __all__ = [
     "SinkhornOutput",
     "TransportDual",
+    "drop_block",
     "dropout_mask",
     "dropout_samples",
     "mix",
@@ -30,6 +33,7 @@ __all__ = [
     "philox_words",
     "prefix_linear",
     "regularized_plan",
+    "row_gate",
     "sinkhorn",
     "sinkhorn_points",
     "sliced_characteristic",
