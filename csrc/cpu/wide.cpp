@@ -1,4 +1,5 @@
 // All vectorised kernels, compiled once for each instruction set with REGULARIZERS_ISA naming it.
+#include "code_search_kernels.h"
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
@@ -38,6 +39,8 @@ const Kernels& kernels() {
       {sketch_kernels<float>(), sketch_kernels<double>()},
       {sparse_ot_kernels<float>(), sparse_ot_kernels<double>(), sparse_ot_kernels<bfloat16>(),
        sparse_ot_kernels<float16>()},
+      {code_search_kernels<float>(), code_search_kernels<double>(), code_search_kernels<bfloat16>(),
+       code_search_kernels<float16>()},
   };
   return table;
 }

@@ -1,6 +1,7 @@
 """The fused operators: functions of tensors and a seed, with kernels and a plain reference."""
 
 from regularizers.ops import transport_potentials as _transport_potentials  # noqa: F401 (registers)
+from regularizers.ops.code_search import nearest_code, sample_code
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
@@ -22,9 +23,11 @@ __all__ = [
     "dropout_mask",
     "dropout_samples",
     "multi_sample_dropout_cross_entropy",
+    "nearest_code",
     "philox_4x32",
     "philox_words",
     "regularized_plan",
+    "sample_code",
     "sinkhorn",
     "sinkhorn_points",
     "sliced_characteristic",
