@@ -166,7 +166,8 @@ def _squared_distances(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _chunks(tokens: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
-    return tokens.split(max(1, _CHUNK // max(1, codebook.numel())))
+    chunks: tuple[Tensor, ...] = tokens.split(max(1, _CHUNK // max(1, codebook.numel())))
+    return chunks
 
 
 def _nearest(z: Tensor, codebook: Tensor) -> Tensor:
