@@ -318,6 +318,36 @@ struct RowGateKernels {
   void (*gate)(const void* x, const void* residual, void* to, int64_t elements, double factor);
 };
 
+// One search in a codebook; the arithmetic is in code_search_kernels.h. A is the accumulation type
+// of the storage type T.
+struct CodeSearch {
+  int64_t features, codes;
+  const void* tokens;  // T [*, features]: the tokens, or the codebook where a draw begins
+  const void* centre;  // A [features], the mean code
+  void* panels;        // A [panel][features][width], codes relative to it
+  void* offset;        // A [codes, padded to whole panels], -|e_j|^2 / 2
+  // Of a draw alone.
+  const int64_t* index;   // code of the token at every place
+  const int64_t* places;  // which places are drawn; the place is the stream
+  uint64_t seed;
+  double slope, weight;  // of s_j and of the Gumbel variable
+  int64_t* found;        // by place
+};
+
+constexpr int64_t kCodeRows = 256;  // tokens that are searched together
+
+struct CodeSearchKernels {
+  int64_t panel_width;
+  // sums [features] += rows [begin, end) of the codebook.
+  void (*add_codes)(const void* codebook, int64_t features, int64_t begin, int64_t end,
+                    double* sums);
+  // Panels [begin, end) and their offsets.
+  void (*pack)(const CodeSearch& search, const void* codebook, int64_t begin, int64_t end);
+  // Tokens / drawn places [begin, end), at most kCodeRows, whose rows fit `scratch`.
+  void (*nearest)(const CodeSearch& search, int64_t begin, int64_t end, void* scratch);
+  void (*draw)(const CodeSearch& search, int64_t begin, int64_t end, void* scratch);
+};
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
@@ -334,6 +364,7 @@ struct Kernels {
                           uint8_t* scratch);
   DropBlockKernels drop_block[kStorageTypes];
   RowGateKernels row_gate[kStorageTypes];
+  CodeSearchKernels code_search[kStorageTypes];
 };
 
 namespace baseline {

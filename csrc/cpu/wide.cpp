@@ -1,5 +1,6 @@
 // All vectorised kernels, compiled once for each instruction set with REGULARIZERS_ISA naming it.
 #include "drop_block_kernels.h"
+#include "code_search_kernels.h"
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
@@ -57,6 +58,8 @@ const Kernels& kernels() {
        {drop_block_apply<bfloat16>},
        {drop_block_apply<float16>}},
       {{row_gate<float>}, {row_gate<double>}, {row_gate<bfloat16>}, {row_gate<float16>}},
+      {code_search_kernels<float>(), code_search_kernels<double>(), code_search_kernels<bfloat16>(),
+       code_search_kernels<float16>()},
   };
   return table;
 }

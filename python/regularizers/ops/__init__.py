@@ -2,6 +2,7 @@
 
 from regularizers.ops import transport_potentials as _transport_potentials  # noqa: F401 (registers)
 from regularizers.ops.drop_block import drop_block
+from regularizers.ops.code_search import nearest_code, sample_code
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.nested import prefix_linear
@@ -29,11 +30,13 @@ __all__ = [
     "mix",
     "multi_sample_dropout_cross_entropy",
     "paste_boxes",
+    "nearest_code",
     "philox_4x32",
     "philox_words",
     "prefix_linear",
     "regularized_plan",
     "row_gate",
+    "sample_code",
     "sinkhorn",
     "sinkhorn_points",
     "sliced_characteristic",
