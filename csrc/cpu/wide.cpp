@@ -6,6 +6,7 @@
 #include "sinkhorn_points_kernels.h"
 #include "sketch_kernels.h"
 #include "sparse_ot_kernels.h"
+#include "subsampled_attention_kernels.h"
 
 namespace regularizers::REGULARIZERS_ISA {
 
@@ -38,6 +39,8 @@ const Kernels& kernels() {
       {sketch_kernels<float>(), sketch_kernels<double>()},
       {sparse_ot_kernels<float>(), sparse_ot_kernels<double>(), sparse_ot_kernels<bfloat16>(),
        sparse_ot_kernels<float16>()},
+      {attention_kernels<float>(), attention_kernels<double>(), attention_kernels<bfloat16>(),
+       attention_kernels<float16>()},
   };
   return table;
 }

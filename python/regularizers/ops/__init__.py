@@ -14,6 +14,7 @@ from regularizers.ops.sparse_ot import (
     transport_dual,
 )
 from regularizers.ops.sparse_projection import sparse_projection
+from regularizers.ops.subsampled_attention import gathered_attention
 from regularizers.ops.transport_apply import transport_apply
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "TransportDual",
     "dropout_mask",
     "dropout_samples",
+    "gathered_attention",
     "multi_sample_dropout_cross_entropy",
     "philox_4x32",
     "philox_words",
