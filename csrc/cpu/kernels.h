@@ -348,6 +348,42 @@ struct CodeSearchKernels {
   void (*draw)(const CodeSearch& search, int64_t begin, int64_t end, void* scratch);
 };
 
+// Attention of one (sample, head, list of keys); see subsampled_attention_kernels.h. Rows are
+// tokens.
+struct AttentionRows {
+  const void* data;  // T
+  int64_t stride;    // elements from one token to the next
+};
+struct AttentionOutput {
+  void* data;
+  int64_t stride;
+};
+
+struct Attention {
+  int64_t features, value_features, keys;
+  const int64_t* key_index;    // [keys], -1 for none
+  const int64_t* query_index;  // queries of the list, -1 for none; null: query r is r
+  const bool* own;             // [tokens]: sees its own key besides the list; or null
+  AttentionRows q, k, v;
+  AttentionRows bias;  // of the sample and head, or null
+  int64_t bias_column;
+  bool causal;
+  double scale;
+  AttentionOutput out;
+  void* lse;  // A [queries], -inf where a query sees nothing
+  AttentionRows grad;
+  AttentionOutput grad_q, grad_k, grad_v, grad_bias;  // grad_bias may be null
+};
+
+struct AttentionKernels {
+  int64_t block_rows;
+  int64_t (*scratch)(const Attention& problem, bool backward);  // elements of A
+  int64_t (*sums)(const Attention& problem);
+  void (*forward)(const Attention& problem, void* scratch, int64_t begin, int64_t end);
+  void (*backward)(const Attention& problem, void* scratch, int64_t begin, int64_t end, void* sums);
+  void (*key_gradients)(const Attention& problem, void* sums, int64_t parts);
+};
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
@@ -365,6 +401,7 @@ struct Kernels {
   DropBlockKernels drop_block[kStorageTypes];
   RowGateKernels row_gate[kStorageTypes];
   CodeSearchKernels code_search[kStorageTypes];
+  AttentionKernels attention[kStorageTypes];
 };
 
 namespace baseline {

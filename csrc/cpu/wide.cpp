@@ -11,6 +11,7 @@
 #include "sinkhorn_points_kernels.h"
 #include "sketch_kernels.h"
 #include "sparse_ot_kernels.h"
+#include "subsampled_attention_kernels.h"
 
 namespace regularizers::REGULARIZERS_ISA {
 
@@ -60,6 +61,8 @@ const Kernels& kernels() {
       {{row_gate<float>}, {row_gate<double>}, {row_gate<bfloat16>}, {row_gate<float16>}},
       {code_search_kernels<float>(), code_search_kernels<double>(), code_search_kernels<bfloat16>(),
        code_search_kernels<float16>()},
+      {attention_kernels<float>(), attention_kernels<double>(), attention_kernels<bfloat16>(),
+       attention_kernels<float16>()},
   };
   return table;
 }

@@ -19,6 +19,7 @@ from regularizers.ops.sparse_ot import (
     transport_dual,
 )
 from regularizers.ops.sparse_projection import sparse_projection
+from regularizers.ops.subsampled_attention import gathered_attention
 from regularizers.ops.transport_apply import transport_apply
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "dropout_mask",
     "dropout_samples",
     "mix",
+    "gathered_attention",
     "multi_sample_dropout_cross_entropy",
     "paste_boxes",
     "nearest_code",
