@@ -1,5 +1,13 @@
 """Methods that remove, truncate or perturb part of a network's computation while it trains."""
 
+from regularizers.dropout.modality import (
+    ConcatFusion,
+    ModalityMAE,
+    SumFusion,
+    TransformerFusion,
+    evaluate_modality_subsets,
+    modality_dropout,
+)
 from regularizers.dropout.multi_sample import (
     MultiSampleDropout,
     MultiSampleDropoutCrossEntropy,
@@ -8,8 +16,14 @@ from regularizers.dropout.multi_sample import (
 )
 
 __all__ = [
+    "ConcatFusion",
+    "ModalityMAE",
     "MultiSampleDropout",
     "MultiSampleDropoutCrossEntropy",
+    "SumFusion",
+    "TransformerFusion",
+    "evaluate_modality_subsets",
+    "modality_dropout",
     "multi_sample_dropout",
     "multi_sample_loss",
 ]
