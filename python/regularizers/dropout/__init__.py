@@ -13,10 +13,21 @@ from regularizers.dropout.multi_sample import (
     multi_sample_dropout,
     multi_sample_loss,
 )
+from regularizers.dropout.noise_mask import (
+    BetaNoisePolicy,
+    EMABaseline,
+    apply_noise_mask,
+    noise_mask_step,
+    reinforce_loss,
+    sample_noise_mask,
+)
 
 __all__ = [
+    "BetaNoisePolicy",
+    "EMABaseline",
     "MultiSampleDropout",
     "MultiSampleDropoutCrossEntropy",
+    "apply_noise_mask",
     "causal_right_window_mask",
     "decay_parameter_groups",
     "mask_inputs",
@@ -24,4 +35,7 @@ __all__ = [
     "masked_input_loss",
     "multi_sample_dropout",
     "multi_sample_loss",
+    "noise_mask_step",
+    "reinforce_loss",
+    "sample_noise_mask",
 ]
