@@ -1,11 +1,11 @@
 // All vectorised kernels, compiled once for each instruction set with REGULARIZERS_ISA naming it.
-#include "drop_block_kernels.h"
 #include "code_search_kernels.h"
+#include "drop_block_kernels.h"
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
-#include "nested_kernels.h"
 #include "mix_kernels.h"
+#include "nested_kernels.h"
 #include "row_gate_kernels.h"
 #include "sinkhorn_kernels.h"
 #include "sinkhorn_points_kernels.h"

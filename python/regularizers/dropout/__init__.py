@@ -1,5 +1,12 @@
 """Methods that remove, truncate or perturb part of a network's computation while it trains."""
 
+from regularizers.dropout.masked_input import (
+    causal_right_window_mask,
+    decay_parameter_groups,
+    mask_inputs,
+    masked_diffusion_loss,
+    masked_input_loss,
+)
 from regularizers.dropout.modality import (
     ConcatFusion,
     ModalityMAE,
@@ -7,12 +14,6 @@ from regularizers.dropout.modality import (
     TransformerFusion,
     evaluate_modality_subsets,
     modality_dropout,
-from regularizers.dropout.masked_input import (
-    causal_right_window_mask,
-    decay_parameter_groups,
-    mask_inputs,
-    masked_diffusion_loss,
-    masked_input_loss,
 )
 from regularizers.dropout.multi_sample import (
     MultiSampleDropout,
@@ -28,24 +29,28 @@ from regularizers.dropout.noise_mask import (
     reinforce_loss,
     sample_noise_mask,
 )
+from regularizers.dropout.sensory import (
+    SensoryDropout,
+)
 
 __all__ = [
+    "BetaNoisePolicy",
     "ConcatFusion",
+    "EMABaseline",
     "ModalityMAE",
     "MultiSampleDropout",
     "MultiSampleDropoutCrossEntropy",
+    "SensoryDropout",
     "SumFusion",
     "TransformerFusion",
-    "evaluate_modality_subsets",
-    "modality_dropout",
-    "BetaNoisePolicy",
-    "EMABaseline",
     "apply_noise_mask",
     "causal_right_window_mask",
     "decay_parameter_groups",
+    "evaluate_modality_subsets",
     "mask_inputs",
     "masked_diffusion_loss",
     "masked_input_loss",
+    "modality_dropout",
     "multi_sample_dropout",
     "multi_sample_loss",
     "noise_mask_step",

@@ -1,12 +1,12 @@
 """The fused operators: functions of tensors and a seed, with kernels and a plain reference."""
 
 from regularizers.ops import transport_potentials as _transport_potentials  # noqa: F401 (registers)
-from regularizers.ops.drop_block import drop_block
 from regularizers.ops.code_search import nearest_code, sample_code
+from regularizers.ops.drop_block import drop_block
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
-from regularizers.ops.nested import prefix_linear
 from regularizers.ops.mix import mix, paste_boxes
+from regularizers.ops.nested import prefix_linear
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
 from regularizers.ops.row_gate import row_gate
 from regularizers.ops.sinkhorn import SinkhornOutput, sinkhorn, transport_plan
@@ -28,11 +28,11 @@ __all__ = [
     "drop_block",
     "dropout_mask",
     "dropout_samples",
-    "mix",
     "gathered_attention",
+    "mix",
     "multi_sample_dropout_cross_entropy",
-    "paste_boxes",
     "nearest_code",
+    "paste_boxes",
     "philox_4x32",
     "philox_words",
     "prefix_linear",
