@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
 #include "nested_kernels.h"
+#include "prefix_scan_kernels.h"
 #include "sinkhorn_kernels.h"
 #include "sinkhorn_points_kernels.h"
 #include "sketch_kernels.h"
@@ -46,6 +47,8 @@ const Kernels& kernels() {
        sparse_ot_kernels<float16>()},
       {prefix_kernels<float>(), prefix_kernels<double>(), prefix_kernels<bfloat16>(),
        prefix_kernels<float16>()},
+      {prefix_scan_kernels<float>(), prefix_scan_kernels<double>(), prefix_scan_kernels<bfloat16>(),
+       prefix_scan_kernels<float16>()},
   };
   return table;
 }
