@@ -384,6 +384,37 @@ struct AttentionKernels {
   void (*key_gradients)(const Attention& problem, void* sums, int64_t parts);
 };
 
+// All prefixes of a linear classifier; see prefix_scan_kernels.h. A is the accumulation type of T.
+struct PrefixScan {
+  int64_t features;  // of which prefixes are taken: up to the last that counts
+  int64_t classes, padded_classes;
+  int64_t x_stride;           // features of a row of x, of the weight and of log_sum_exp
+  const void* x;              // T [rows][x_stride]
+  const void* class_weights;  // T [classes][x_stride], for the accuracy
+  const void* weight;         // A [features][padded_classes], zero in the padding
+  const void* bias;           // A [padded_classes], -inf in the padding
+  const int64_t* target;      // [rows]
+  // Of the loss.
+  const int64_t* rows;         // the rows that count
+  const double* probs;         // [features]
+  void* log_sum_exp;           // A [rows][x_stride]; not written where the probability is 0
+  void* row_loss;              // A [rows]
+  const double* row_gradient;  // [rows], gradient of the result with respect to a row's loss
+  void* grad_x;                // T [rows][x_stride]
+};
+
+struct PrefixScanKernels {
+  int64_t padding, lanes, tile_rows, checkpoint_steps;
+  void (*accuracy)(const PrefixScan& problem, int64_t begin, int64_t end, void* scratch,
+                   int64_t* correct);
+  void (*loss)(const PrefixScan& problem, int64_t begin, int64_t end, void* scratch);
+  // Adds to grad_weight A [features][padded_classes] and grad_bias A [padded_classes].
+  void (*loss_gradient)(const PrefixScan& problem, int64_t begin, int64_t end, void* scratch,
+                        void* grad_weight, void* grad_bias);
+  void (*logits)(const PrefixScan& problem, int64_t begin, int64_t end, void* scratch, void* out,
+                 int64_t out_step);
+};
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
@@ -402,6 +433,7 @@ struct Kernels {
   RowGateKernels row_gate[kStorageTypes];
   CodeSearchKernels code_search[kStorageTypes];
   AttentionKernels attention[kStorageTypes];
+  PrefixScanKernels prefix_scan[kStorageTypes];
 };
 
 namespace baseline {

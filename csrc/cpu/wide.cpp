@@ -7,6 +7,7 @@
 #include "mix_kernels.h"
 #include "nested_kernels.h"
 #include "row_gate_kernels.h"
+#include "prefix_scan_kernels.h"
 #include "sinkhorn_kernels.h"
 #include "sinkhorn_points_kernels.h"
 #include "sketch_kernels.h"
@@ -63,6 +64,8 @@ const Kernels& kernels() {
        code_search_kernels<float16>()},
       {attention_kernels<float>(), attention_kernels<double>(), attention_kernels<bfloat16>(),
        attention_kernels<float16>()},
+      {prefix_scan_kernels<float>(), prefix_scan_kernels<double>(), prefix_scan_kernels<bfloat16>(),
+       prefix_scan_kernels<float16>()},
   };
   return table;
 }

@@ -21,6 +21,13 @@ from regularizers.dropout.multi_sample import (
     multi_sample_dropout,
     multi_sample_loss,
 )
+from regularizers.dropout.nested import (
+    CoTeachingStep,
+    NestedDropout,
+    nested_co_teaching_step,
+    nested_dropout,
+    select_prefix,
+)
 from regularizers.dropout.noise_mask import (
     BetaNoisePolicy,
     EMABaseline,
@@ -29,17 +36,29 @@ from regularizers.dropout.noise_mask import (
     reinforce_loss,
     sample_noise_mask,
 )
+from regularizers.dropout.prefix import (
+    PrefixDistribution,
+    prefix_mask,
+)
 from regularizers.dropout.sensory import (
     SensoryDropout,
+)
+from regularizers.ops.prefix_scan import (
+    expected_prefix_cross_entropy,
+    prefix_accuracy,
+    prefix_logits,
 )
 
 __all__ = [
     "BetaNoisePolicy",
+    "CoTeachingStep",
     "ConcatFusion",
     "EMABaseline",
     "ModalityMAE",
     "MultiSampleDropout",
     "MultiSampleDropoutCrossEntropy",
+    "NestedDropout",
+    "PrefixDistribution",
     "SensoryDropout",
     "SumFusion",
     "TransformerFusion",
@@ -47,13 +66,20 @@ __all__ = [
     "causal_right_window_mask",
     "decay_parameter_groups",
     "evaluate_modality_subsets",
+    "expected_prefix_cross_entropy",
     "mask_inputs",
     "masked_diffusion_loss",
     "masked_input_loss",
     "modality_dropout",
     "multi_sample_dropout",
     "multi_sample_loss",
+    "nested_co_teaching_step",
+    "nested_dropout",
     "noise_mask_step",
+    "prefix_accuracy",
+    "prefix_logits",
+    "prefix_mask",
     "reinforce_loss",
     "sample_noise_mask",
+    "select_prefix",
 ]
