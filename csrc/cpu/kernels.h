@@ -270,6 +270,52 @@ struct SparseOtKernels {
   void (*project_backward)(const SparseProjectionBackward& problem, int64_t begin, int64_t end);
 };
 
+// Rows copied between the caller's order and that of their lengths; see nested_kernels.h.
+struct PrefixRows {
+  const void* from;
+  void* to;
+  const int64_t* order;  // [rows]: the caller's index of row i
+  const int64_t* kept;   // [rows]: entries that are copied
+  const int64_t* width;  // [rows]: entries that are written; behind `kept` zeros
+  int64_t from_stride, to_stride;
+};
+
+struct PrefixKernels {
+  void (*gather)(const PrefixRows& rows, int64_t begin, int64_t end);   // T -> A
+  void (*scatter)(const PrefixRows& rows, int64_t begin, int64_t end);  // A -> T
+};
+
+// All prefixes of a linear classifier; see prefix_scan_kernels.h. A is the accumulation type of T.
+struct PrefixScan {
+  int64_t features;  // of which prefixes are taken: up to the last that counts
+  int64_t classes, padded_classes;
+  int64_t x_stride;           // features of a row of x, of the weight and of log_sum_exp
+  const void* x;              // T [rows][x_stride]
+  const void* class_weights;  // T [classes][x_stride], for the accuracy
+  const void* weight;         // A [features][padded_classes], zero in the padding
+  const void* bias;           // A [padded_classes], -inf in the padding
+  const int64_t* target;      // [rows]
+  // Of the loss.
+  const int64_t* rows;         // the rows that count
+  const double* probs;         // [features]
+  void* log_sum_exp;           // A [rows][x_stride]; not written where the probability is 0
+  void* row_loss;              // A [rows]
+  const double* row_gradient;  // [rows], gradient of the result with respect to a row's loss
+  void* grad_x;                // T [rows][x_stride]
+};
+
+struct PrefixScanKernels {
+  int64_t padding, lanes, tile_rows, checkpoint_steps;
+  void (*accuracy)(const PrefixScan& problem, int64_t begin, int64_t end, void* scratch,
+                   int64_t* correct);
+  void (*loss)(const PrefixScan& problem, int64_t begin, int64_t end, void* scratch);
+  // Adds to grad_weight A [features][padded_classes] and grad_bias A [padded_classes].
+  void (*loss_gradient)(const PrefixScan& problem, int64_t begin, int64_t end, void* scratch,
+                        void* grad_weight, void* grad_bias);
+  void (*logits)(const PrefixScan& problem, int64_t begin, int64_t end, void* scratch, void* out,
+                 int64_t out_step);
+};
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
@@ -278,6 +324,8 @@ struct Kernels {
   SinkhornPointsKernels sinkhorn_points[2];  // of float and double: points are widened first
   SketchKernels sketch[2];                   // kFloat, kDouble
   SparseOtKernels sparse_ot[kStorageTypes];
+  PrefixKernels prefix[kStorageTypes];
+  PrefixScanKernels prefix_scan[kStorageTypes];
 };
 
 namespace baseline {

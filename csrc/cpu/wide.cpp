@@ -2,6 +2,8 @@
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
+#include "nested_kernels.h"
+#include "prefix_scan_kernels.h"
 #include "sinkhorn_kernels.h"
 #include "sinkhorn_points_kernels.h"
 #include "sketch_kernels.h"
@@ -24,6 +26,11 @@ static constexpr DropoutKernels dropout_kernels() {
   return {dropout_sample<T>, dropout_adjoint<T>};
 }
 
+template <typename T>
+static constexpr PrefixKernels prefix_kernels() {
+  return {gather_prefixes<T>, scatter_prefixes<T>};
+}
+
 const Kernels& kernels() {
   static constexpr Kernels table = {
       philox_words,
@@ -38,6 +45,10 @@ const Kernels& kernels() {
       {sketch_kernels<float>(), sketch_kernels<double>()},
       {sparse_ot_kernels<float>(), sparse_ot_kernels<double>(), sparse_ot_kernels<bfloat16>(),
        sparse_ot_kernels<float16>()},
+      {prefix_kernels<float>(), prefix_kernels<double>(), prefix_kernels<bfloat16>(),
+       prefix_kernels<float16>()},
+      {prefix_scan_kernels<float>(), prefix_scan_kernels<double>(), prefix_scan_kernels<bfloat16>(),
+       prefix_scan_kernels<float16>()},
   };
   return table;
 }

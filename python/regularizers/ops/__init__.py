@@ -3,7 +3,13 @@
 from regularizers.ops import transport_potentials as _transport_potentials  # noqa: F401 (registers)
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
+from regularizers.ops.nested import prefix_linear
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
+from regularizers.ops.prefix_scan import (
+    expected_prefix_cross_entropy,
+    prefix_accuracy,
+    prefix_logits,
+)
 from regularizers.ops.sinkhorn import SinkhornOutput, sinkhorn, transport_plan
 from regularizers.ops.sinkhorn_points import sinkhorn_points
 from regularizers.ops.sketch import sliced_characteristic, sliced_epps_pulley, sliced_quantile
@@ -21,9 +27,13 @@ __all__ = [
     "TransportDual",
     "dropout_mask",
     "dropout_samples",
+    "expected_prefix_cross_entropy",
     "multi_sample_dropout_cross_entropy",
     "philox_4x32",
     "philox_words",
+    "prefix_accuracy",
+    "prefix_linear",
+    "prefix_logits",
     "regularized_plan",
     "sinkhorn",
     "sinkhorn_points",
