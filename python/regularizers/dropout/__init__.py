@@ -35,6 +35,13 @@ from regularizers.dropout.ordered_training import (
     sampled_ranks,
     shrink_model,
 )
+from regularizers.dropout.token_padding import (
+    RedundantTokenPadding,
+    SemanticProjector,
+    freeze_for_decoder_finetune,
+    hierarchical_semantic_loss,
+    sample_num_tokens,
+)
 
 __all__ = [
     "BetaNoisePolicy",
@@ -46,12 +53,16 @@ __all__ = [
     "OrderedLowRankConv2d",
     "OrderedLowRankLinear",
     "RankSampler",
+    "RedundantTokenPadding",
+    "SemanticProjector",
     "SingleLayerRankSampler",
     "apply_noise_mask",
     "causal_right_window_mask",
     "decay_parameter_groups",
     "decompose",
+    "freeze_for_decoder_finetune",
     "group_lasso_penalty",
+    "hierarchical_semantic_loss",
     "lod_loss",
     "mask_inputs",
     "masked_diffusion_loss",
@@ -63,6 +74,7 @@ __all__ = [
     "ordered_layers",
     "reinforce_loss",
     "sample_noise_mask",
+    "sample_num_tokens",
     "sampled_ranks",
     "shrink_model",
 ]
