@@ -99,10 +99,10 @@ def prefix_accuracy(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tens
     """
     x, weight, bias = _classifier(x, weight, bias)
     _check_target(target, x)
-    arguments = [None if t is None else t.detach() for t in (x, weight, bias)]
+    x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
     if transformed():
-        return _accuracy(*arguments, target)
-    result: Tensor = PREFIX_ACCURACY(*arguments, target)
+        return _accuracy(x, weight, bias, target)
+    result: Tensor = PREFIX_ACCURACY(x, weight, bias, target)
     return result
 
 
@@ -304,12 +304,11 @@ def _loss_backward_reference(
     with full_precision(x.device):
         grad_x = torch.einsum("dbc,cd->bd", total, weight.to(wide))
         grad_weight = torch.einsum("dbc,bd->cd", total, x.to(wide))
-    grad_bias = g.sum((0, 1))
-    return tuple(_fresh(grad.to(x.dtype)) for grad in (grad_x, grad_weight, grad_bias))  # type: ignore[return-value]
-
-
-def _fresh(tensor: Tensor) -> Tensor:
-    return tensor.contiguous()
+    return (
+        grad_x.to(x.dtype).contiguous(),
+        grad_weight.to(x.dtype).contiguous(),
+        g.sum((0, 1)).to(x.dtype),
+    )
 
 
 def _logits_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -374,8 +373,8 @@ def _loss_backward_rule(backend: str | None, ctx: Any, *cotangents: Tensor) -> t
     data = [tensor for tensor in (x, weight, bias) if tensor is not None]
 
     def rows(*data: Tensor) -> Tensor:
-        found: list[Any] = [*data, *(None,) * (bias is None)]
-        return _row_losses(*found, target, probs, ctx.ignore_index)
+        call: list[Any] = [*data, *(None,) * (bias is None), target, probs, ctx.ignore_index]
+        return _row_losses(*call)
 
     by_rows, *by_data = differentiate_backward(rows, grad_rows, data, cotangents[: len(data)])
     return (by_rows, *by_data, *(None,) * (7 - len(data)))
