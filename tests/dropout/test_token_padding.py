@@ -222,7 +222,7 @@ def test_decoder_gradients_come_as_often_as_the_keep_probability_says():
         padding.truncate(tokens, generator=generator)[0].sum().backward()
         hits += (tokens.grad[0] != 0).any(-1)
     expected = PrefixDistribution.uniform(2, 10).keep_probability()
-    sigma = (expected * (1 - expected) / steps).sqrt()
+    sigma = (expected * (1 - expected) / steps).clamp(min=0).sqrt()  # 1 may be rounded up
     assert ((hits / steps - expected).abs() <= 4 * sigma + 1e-12).all()
     padded = PrefixDistribution.padded_uniform(6, 4, 2).keep_probability()
     torch.testing.assert_close(expected[:6], padded)
