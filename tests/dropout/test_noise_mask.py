@@ -259,6 +259,7 @@ def test_entropy_lowers_the_loss_by_its_weighted_mean():
 
 def test_mask_of_a_bandit_moves_to_where_the_reward_is():
     # Sheet of paper 73, fact 7: R = -(n - 0.8)^2 and Adam(0.05) on the two raw parameters.
+    torch.set_num_threads(1)  # many small calls
     raw = torch.zeros(2, requires_grad=True)
     optimizer = torch.optim.Adam([raw], lr=0.05)
     generator = torch.Generator().manual_seed(0)

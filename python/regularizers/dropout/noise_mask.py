@@ -20,6 +20,7 @@ from regularizers._shared.checks import (
     check_shape,
     known_range,
 )
+from regularizers.ops._operator import accumulate_dtype
 
 Mode = Literal["nearest", "bilinear", "block"]
 Baseline = Literal["batch_mean", "leave_one_out"] | Tensor | Callable[[Tensor], Tensor] | None
@@ -102,7 +103,8 @@ class BetaNoisePolicy(nn.Module):
         features = self.features(x)
         if self.mask_size is not None:
             features = F.adaptive_avg_pool2d(features, self.mask_size)
-        raw = _wide(self.head(features))
+        raw = self.head(features)
+        raw = raw.to(accumulate_dtype(raw.dtype))
         concentration = self.min_concentration + F.softplus(raw)
         # Positive by construction; torch's own check would wait for the device.
         return Beta(concentration[:, :1], concentration[:, 1:], validate_args=False)
@@ -110,10 +112,6 @@ class BetaNoisePolicy(nn.Module):
     def extra_repr(self) -> str:
         """Describe the configuration."""
         return f"mask_size={self.mask_size}, min_concentration={self.min_concentration:g}"
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def sample_noise_mask(
