@@ -60,6 +60,17 @@ from regularizers.dropout.prefix import (
 from regularizers.dropout.sensory import (
     SensoryDropout,
 )
+from regularizers.dropout.subsampled_attention import (
+    jitter_permutation,
+    sample_keys,
+    subsampled_attention,
+)
+from regularizers.dropout.subsampled_layers import (
+    SSASchedule,
+    SubsampledSelfAttention,
+    convert_attention,
+    self_ensemble,
+)
 from regularizers.dropout.token_padding import (
     RedundantTokenPadding,
     SemanticProjector,
@@ -89,13 +100,16 @@ __all__ = [
     "PrefixDistribution",
     "RankSampler",
     "RedundantTokenPadding",
+    "SSASchedule",
     "SemanticProjector",
     "SensoryDropout",
     "SingleLayerRankSampler",
+    "SubsampledSelfAttention",
     "SumFusion",
     "TransformerFusion",
     "apply_noise_mask",
     "causal_right_window_mask",
+    "convert_attention",
     "decay_parameter_groups",
     "decompose",
     "evaluate_modality_subsets",
@@ -103,6 +117,7 @@ __all__ = [
     "freeze_for_decoder_finetune",
     "group_lasso_penalty",
     "hierarchical_semantic_loss",
+    "jitter_permutation",
     "lod_loss",
     "mask_inputs",
     "masked_diffusion_loss",
@@ -119,9 +134,12 @@ __all__ = [
     "prefix_logits",
     "prefix_mask",
     "reinforce_loss",
+    "sample_keys",
     "sample_noise_mask",
     "sample_num_tokens",
     "sampled_ranks",
     "select_prefix",
+    "self_ensemble",
     "shrink_model",
+    "subsampled_attention",
 ]

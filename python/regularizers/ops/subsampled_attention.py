@@ -209,7 +209,8 @@ class _Lists:
         if x.dim() == 4:
             flat = flat.unsqueeze(-1)
         shape = (*x.shape[:2], -1, *x.shape[3:])
-        return x.gather(2, flat.expand(shape)).unflatten(2, tuple(index.shape[1:]))
+        rows: Tensor = x.gather(2, flat.expand(shape))
+        return rows.view(*x.shape[:2], *index.shape[1:], *x.shape[3:])
 
     @staticmethod
     def put(rows: Tensor, index: Tensor, size: int) -> Tensor:
@@ -219,7 +220,8 @@ class _Lists:
         if flat.dim() == 4:
             spare = spare.unsqueeze(-1)
         out = flat.new_zeros(*flat.shape[:2], size + 1, *flat.shape[3:])
-        return out.scatter(2, spare.expand(flat.shape), flat).narrow(2, 0, size)
+        written: Tensor = out.scatter(2, spare.expand(flat.shape), flat)
+        return written.narrow(2, 0, size)
 
 
 def _logits(
@@ -416,9 +418,10 @@ def _backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward_rule(_: str | None, ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
     """Differentiate through the reference; with a bias, through the bias of every head."""
-    grad, q, k, v, bias, *lists = ctx.saved_tensors
+    grad, q, k, v, bias, key_index, query_index, own = ctx.saved_tensors
 
     def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = bias) -> Tensor:
+        lists = (key_index, query_index, own)
         return _attention(q, k, v, bias, *lists, ctx.causal, ctx.scale)[0]
 
     inputs = [q, k, v]
