@@ -138,7 +138,8 @@ def _gated(
     return (branch if residual is None else residual.to(wide.dtype) + branch).to(x.dtype)
 
 
-def _check_rate(p: Tensor) -> None:
+def check_rate(p: Tensor) -> None:
+    """Check the value of a scheduled rate where that costs no synchronisation."""
     if p.device.type == "cpu":
         check_probability("p", p.item())
 
@@ -151,7 +152,7 @@ def _reference(
     stream: int,
     scale_by_keep: bool,
 ) -> Tensor:
-    _check_rate(p)
+    check_rate(p)
     return empty_dense(x).copy_(_gated(x, residual, p, seed, stream, scale_by_keep))
 
 
