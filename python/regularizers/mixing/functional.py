@@ -204,18 +204,20 @@ def unmixed(x: Tensor, target: Tensor) -> MixBatch:
     return MixBatch(x, target, target, one, torch.arange(x.shape[0], device=x.device))
 
 
-def check_labelled_batch(x: Tensor, target: Tensor) -> None:
+def check_labelled_batch(
+    x: Tensor, target: Tensor, x_name: str = "x", target_name: str = "target"
+) -> None:
     """Raise unless ``target`` has a label for every row of ``x``."""
-    check_tensor("x", x)
-    check_tensor("target", target)
+    check_tensor(x_name, x)
+    check_tensor(target_name, target)
     if x.dim() < 1:
-        raise ValueError("x must have shape [batch, ...], got no dimensions")
+        raise ValueError(f"{x_name} must have shape [batch, ...], got no dimensions")
     if target.dim() < 1 or target.shape[0] != x.shape[0]:
         raise ValueError(
-            f"target must have one label for each of the {x.shape[0]} rows of x, "
+            f"{target_name} must have one label for each of the {x.shape[0]} rows of {x_name}, "
             f"got shape {list(target.shape)}"
         )
-    check_same_device("target", target, "x", x)
+    check_same_device(target_name, target, x_name, x)
 
 
 def mixed_cross_entropy(
