@@ -1,3 +1,13 @@
 """New training inputs mixed from old ones, and the losses that tie predictions on them together."""
 
-__all__: list[str] = []
+from regularizers.mixing.adawac import (
+    AdaptiveConsistencyWeights,
+    AdaWAC,
+    feature_consistency,
+)
+
+__all__ = [
+    "AdaWAC",
+    "AdaptiveConsistencyWeights",
+    "feature_consistency",
+]
