@@ -40,3 +40,17 @@ def agree_on_seed(seed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     seed = seed.clone()
     dist.all_reduce(seed, dist.ReduceOp.MAX, group=group)
     return seed
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the rows ``[B, *]`` of all processes, in the order of ranks; no gradient.
+
+    Every process must have the same number of rows.
+    """
+    rows = rows.detach()
+    if group is None:
+        return rows
+    rows = rows.contiguous()
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, rows, group=group)
+    return torch.cat(parts)

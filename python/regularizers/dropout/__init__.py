@@ -57,6 +57,17 @@ from regularizers.dropout.prefix import (
     PrefixDistribution,
     prefix_mask,
 )
+from regularizers.dropout.quantized_perturbation import (
+    PerturbedTokens,
+    ProjectedVectorQuantizer,
+    QuantizedPerturbation,
+    codebook_entropy_loss,
+    perturb_indices,
+    ramped_ema,
+    semi_supervised_seg_loss,
+    straight_through,
+    vq_alignment_loss,
+)
 from regularizers.dropout.sensory import (
     SensoryDropout,
 )
@@ -97,7 +108,10 @@ __all__ = [
     "NestedDropout",
     "OrderedLowRankConv2d",
     "OrderedLowRankLinear",
+    "PerturbedTokens",
     "PrefixDistribution",
+    "ProjectedVectorQuantizer",
+    "QuantizedPerturbation",
     "RankSampler",
     "RedundantTokenPadding",
     "SSASchedule",
@@ -109,6 +123,7 @@ __all__ = [
     "TransformerFusion",
     "apply_noise_mask",
     "causal_right_window_mask",
+    "codebook_entropy_loss",
     "convert_attention",
     "decay_parameter_groups",
     "decompose",
@@ -130,9 +145,11 @@ __all__ = [
     "nested_dropout",
     "noise_mask_step",
     "ordered_layers",
+    "perturb_indices",
     "prefix_accuracy",
     "prefix_logits",
     "prefix_mask",
+    "ramped_ema",
     "reinforce_loss",
     "sample_keys",
     "sample_noise_mask",
@@ -140,6 +157,9 @@ __all__ = [
     "sampled_ranks",
     "select_prefix",
     "self_ensemble",
+    "semi_supervised_seg_loss",
     "shrink_model",
+    "straight_through",
     "subsampled_attention",
+    "vq_alignment_loss",
 ]

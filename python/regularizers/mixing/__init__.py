@@ -8,7 +8,16 @@ from regularizers.mixing.adamixup import (
     manifold_intrusion_rate,
     sample_policy,
 )
-from regularizers.mixing.cutmix import CutMix, cutmix, random_box
+from regularizers.mixing.adawac import (
+    AdaWAC,
+    AdaptiveConsistencyWeights,
+    feature_consistency,
+)
+from regularizers.mixing.cutmix import (
+    CutMix,
+    cutmix,
+    random_box,
+)
 from regularizers.mixing.functional import (
     MixBatch,
     mix,
@@ -16,7 +25,10 @@ from regularizers.mixing.functional import (
     sample_lambda,
     softmax_consistency,
 )
-from regularizers.mixing.mixup import MixUp, mixup
+from regularizers.mixing.mixup import (
+    MixUp,
+    mixup,
+)
 from regularizers.mixing.semixup import (
     Semixup,
     SemixupOutput,
@@ -27,6 +39,8 @@ from regularizers.mixing.semixup import (
 __all__ = [
     "AdaMixUp",
     "AdaMixUpOutput",
+    "AdaWAC",
+    "AdaptiveConsistencyWeights",
     "CutMix",
     "MixBatch",
     "MixUp",
@@ -35,6 +49,7 @@ __all__ = [
     "SemixupOutput",
     "SemixupParts",
     "cutmix",
+    "feature_consistency",
     "local_linearity_gap",
     "manifold_intrusion_rate",
     "mix",

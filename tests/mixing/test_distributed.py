@@ -1,0 +1,74 @@
+"""State and losses over two processes equal those of one process on the whole batch."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from regularizers.mixing import AdaWAC
+
+WORLD = 2
+MODES = ("adawac", "trim_sparse", "trim_ratio", "reweight", "dro")
+
+
+def _batch():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(8, 3, generator=generator, dtype=torch.float64)
+    weight = torch.rand(3, generator=generator, dtype=torch.float64).requires_grad_()
+    index = torch.tensor([0, 5, 2, 5, 7, 1, 5, 2])  # 5 in both halves, 2 as well
+    density = torch.tensor([0, 1, 1, 1, 0, 0, 1, 0])
+    return x, weight, index, density
+
+
+def _results(x, weight, index, density, group):
+    """Loss and gradient of two steps of each mode, and the weights of the samples after them."""
+    found = {}
+    for mode in MODES:
+        criterion = AdaWAC(9, mode=mode, weight_lr=1.0, process_group=group)
+        for _ in range(2):
+            losses, features = x @ weight, (x * weight, x)
+            loss = criterion(losses, None, *features, index, label_density=density)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        loss = loss.detach().clone()
+        if group is not None:  # as DistributedDataParallel does
+            dist.all_reduce(gradient, group=group)
+            dist.all_reduce(loss, group=group)
+            gradient, loss = gradient / WORLD, loss / WORLD
+        found[mode] = (loss, gradient, criterion.weights.logit)
+    return found
+
+
+def _process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
+    )
+    x, weight, index, density = _batch()
+    rows = slice(4 * rank, 4 * (rank + 1))
+    found = _results(x[rows], weight, index[rows], density[rows], dist.group.WORLD)
+    torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    dist.barrier()  # a process that leaves early aborts the other's threads
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """What every process found; one spawn for the family."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_process, (folder,), nprocs=WORLD)
+        return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_gradient_and_weights_are_those_of_the_whole_batch(processes, mode):
+    expected = _results(*_batch(), None)[mode]
+    for found in processes:
+        for have, want in zip(found[mode], expected, strict=True):
+            torch.testing.assert_close(have, want)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_processes_hold_the_same_weights_bit_by_bit(processes, mode):
+    assert torch.equal(processes[0][mode][2], processes[1][mode][2])
