@@ -14,12 +14,14 @@ from regularizers.dropout.multi_sample import (
     multi_sample_dropout,
     multi_sample_loss,
 )
+from regularizers.dropout.sensory import SensoryDropout
 
 __all__ = [
     "ConcatFusion",
     "ModalityMAE",
     "MultiSampleDropout",
     "MultiSampleDropoutCrossEntropy",
+    "SensoryDropout",
     "SumFusion",
     "TransformerFusion",
     "evaluate_modality_subsets",
