@@ -1,5 +1,6 @@
 """Methods that remove, truncate or perturb part of a network's computation while it trains."""
 
+from regularizers.dropout.feature_subset import sample_feature_masks
 from regularizers.dropout.modality import (
     ConcatFusion,
     ModalityMAE,
@@ -28,4 +29,5 @@ __all__ = [
     "modality_dropout",
     "multi_sample_dropout",
     "multi_sample_loss",
+    "sample_feature_masks",
 ]
