@@ -1,5 +1,8 @@
 """Methods that remove, truncate or perturb part of a network's computation while it trains."""
 
+from regularizers.dropout.feature_subset import (
+    sample_feature_masks,
+)
 from regularizers.dropout.masked_input import (
     causal_right_window_mask,
     decay_parameter_groups,
@@ -151,6 +154,7 @@ __all__ = [
     "prefix_mask",
     "ramped_ema",
     "reinforce_loss",
+    "sample_feature_masks",
     "sample_keys",
     "sample_noise_mask",
     "sample_num_tokens",

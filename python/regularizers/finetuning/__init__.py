@@ -1,3 +1,5 @@
 """Methods that keep a pretrained model's knowledge while it learns a new task."""
 
-__all__: list[str] = []
+from regularizers.finetuning.stages import StagedTraining
+
+__all__ = ["StagedTraining"]

@@ -1,3 +1,5 @@
 """Losses and regularizers of generative models."""
 
-__all__: list[str] = []
+from regularizers.generative.flow_matching import flow_matching_loss
+
+__all__ = ["flow_matching_loss"]

@@ -1,3 +1,20 @@
 """Methods on what a network's features look like: self-supervision, attention, collapse."""
 
-__all__: list[str] = []
+from regularizers.representation.collapse import collapse_metrics
+from regularizers.representation.feature_tokens import FeatureTokenizer, RegularizationTokens
+from regularizers.representation.tabular_jepa import (
+    FeaturePredictor,
+    TabularJEPA,
+    ema_update_,
+    jepa_loss,
+)
+
+__all__ = [
+    "FeaturePredictor",
+    "FeatureTokenizer",
+    "RegularizationTokens",
+    "TabularJEPA",
+    "collapse_metrics",
+    "ema_update_",
+    "jepa_loss",
+]

@@ -1,3 +1,6 @@
 """Protocols and losses of particular tasks."""
 
-__all__: list[str] = []
+from regularizers.tasks.blind_evaluation import GroupedBlindTrial
+from regularizers.tasks.mixture_weights import temperature_mixture_weights
+
+__all__ = ["GroupedBlindTrial", "temperature_mixture_weights"]
