@@ -8,12 +8,12 @@ from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cr
 from regularizers.ops.mix import mix, paste_boxes
 from regularizers.ops.nested import prefix_linear
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
-from regularizers.ops.row_gate import row_gate
 from regularizers.ops.prefix_scan import (
     expected_prefix_cross_entropy,
     prefix_accuracy,
     prefix_logits,
 )
+from regularizers.ops.row_gate import row_gate
 from regularizers.ops.sinkhorn import SinkhornOutput, sinkhorn, transport_plan
 from regularizers.ops.sinkhorn_points import sinkhorn_points
 from regularizers.ops.sketch import sliced_characteristic, sliced_epps_pulley, sliced_quantile
@@ -33,9 +33,9 @@ __all__ = [
     "drop_block",
     "dropout_mask",
     "dropout_samples",
+    "expected_prefix_cross_entropy",
     "gathered_attention",
     "mix",
-    "expected_prefix_cross_entropy",
     "multi_sample_dropout_cross_entropy",
     "nearest_code",
     "paste_boxes",
