@@ -337,12 +337,11 @@ def nested_co_teaching_step(
 def _check_dropouts(dropout_a: nn.Module, dropout_b: nn.Module) -> None:
     if isinstance(dropout_a, NestedDropout) != isinstance(dropout_b, NestedDropout):
         raise ValueError("dropout_b must be nested if and only if dropout_a is")
-    if isinstance(dropout_a, NestedDropout) and isinstance(dropout_b, NestedDropout):
-        if dropout_a.num_features != dropout_b.num_features:
-            raise ValueError(
-                f"dropout_b must have the {dropout_a.num_features} features of dropout_a, "
-                f"got {dropout_b.num_features}"
-            )
+    widths = [d.num_features for d in (dropout_a, dropout_b) if isinstance(d, NestedDropout)]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"dropout_b must have the {widths[0]} features of dropout_a, got {widths[1]}"
+        )
 
 
 def _compress(dropout: nn.Module, features: Tensor, k: Tensor | int | None) -> Tensor:
