@@ -13,6 +13,13 @@ from regularizers.dropout.multi_sample import (
     multi_sample_dropout,
     multi_sample_loss,
 )
+from regularizers.dropout.nested import (
+    CoTeachingStep,
+    NestedDropout,
+    nested_co_teaching_step,
+    nested_dropout,
+    select_prefix,
+)
 from regularizers.dropout.noise_mask import (
     BetaNoisePolicy,
     EMABaseline,
@@ -35,6 +42,7 @@ from regularizers.dropout.ordered_training import (
     sampled_ranks,
     shrink_model,
 )
+from regularizers.dropout.prefix import PrefixDistribution, prefix_mask
 from regularizers.dropout.token_padding import (
     RedundantTokenPadding,
     SemanticProjector,
@@ -42,16 +50,24 @@ from regularizers.dropout.token_padding import (
     hierarchical_semantic_loss,
     sample_num_tokens,
 )
+from regularizers.ops.prefix_scan import (
+    expected_prefix_cross_entropy,
+    prefix_accuracy,
+    prefix_logits,
+)
 
 __all__ = [
     "BetaNoisePolicy",
+    "CoTeachingStep",
     "EMABaseline",
     "FixedFractionRankSampler",
     "IndependentRankSampler",
     "MultiSampleDropout",
     "MultiSampleDropoutCrossEntropy",
+    "NestedDropout",
     "OrderedLowRankConv2d",
     "OrderedLowRankLinear",
+    "PrefixDistribution",
     "RankSampler",
     "RedundantTokenPadding",
     "SemanticProjector",
@@ -60,6 +76,7 @@ __all__ = [
     "causal_right_window_mask",
     "decay_parameter_groups",
     "decompose",
+    "expected_prefix_cross_entropy",
     "freeze_for_decoder_finetune",
     "group_lasso_penalty",
     "hierarchical_semantic_loss",
@@ -70,11 +87,17 @@ __all__ = [
     "merge",
     "multi_sample_dropout",
     "multi_sample_loss",
+    "nested_co_teaching_step",
+    "nested_dropout",
     "noise_mask_step",
     "ordered_layers",
+    "prefix_accuracy",
+    "prefix_logits",
+    "prefix_mask",
     "reinforce_loss",
     "sample_noise_mask",
     "sample_num_tokens",
     "sampled_ranks",
+    "select_prefix",
     "shrink_model",
 ]
