@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from regularizers.dropout import (
     IndependentRankSampler,
+    PrefixDistribution,
     decompose,
     lod_loss,
     ordered_layers,
     sampled_ranks,
     shrink_model,
 )
-from regularizers.dropout.prefix import PrefixDistribution
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
