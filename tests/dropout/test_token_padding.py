@@ -9,13 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from regularizers.dropout import (
+    NestedDropout,
+    PrefixDistribution,
     RedundantTokenPadding,
     SemanticProjector,
     freeze_for_decoder_finetune,
     hierarchical_semantic_loss,
+    prefix_mask,
     sample_num_tokens,
 )
-from regularizers.dropout.prefix import PrefixDistribution, prefix_mask
 from tests.harness import MethodContract
 
 
@@ -124,6 +126,13 @@ def test_no_padding_is_nested_dropout_with_a_uniform_law():
     expected = PrefixDistribution.uniform(2, 6).sample((5,), seed=3)
     assert torch.equal(k, expected)
     assert torch.equal(kept, prefix_mask(q, expected, 1))
+    padding = RedundantTokenPadding(4, num_tokens=6, num_pad=0, k_min=1, per_sample=True)
+    nested = NestedDropout(6, distribution="uniform", per_sample=True, dim=1)
+    results = []
+    for truncate in (lambda: padding.truncate(q)[0], lambda: nested(q)):
+        torch.manual_seed(2)
+        results.append(truncate())
+    assert torch.equal(*results)
 
 
 def test_no_padding_and_the_least_length_n_is_no_dropout():
