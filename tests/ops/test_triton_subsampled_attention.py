@@ -38,8 +38,12 @@ def assert_agree(call, *tensors):
             leaves = [tensor.detach().requires_grad_() for tensor in tensors]
             result, gradients = forward_and_gradients(call, leaves)
         found.append((result, *gradients))
+    # Half types: weights are rounded for the tensor cores, which the reference does not do.
+    dtype = tensors[0].dtype
+    factor = 3 if dtype.itemsize == 2 else 1
+    tolerances = {name: factor * value for name, value in TOLERANCES[dtype].items()}
     for have, want in zip(*found, strict=True):
-        torch.testing.assert_close(have, want, **TOLERANCES[tensors[0].dtype])
+        torch.testing.assert_close(have, want, **tolerances)
 
 
 def _problem(dtype, batch, queries, tokens, features, values):

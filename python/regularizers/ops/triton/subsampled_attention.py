@@ -146,8 +146,9 @@ class _Call:
             self.queries = query_index.shape[2]
         self.items = batch * heads * lists
         widest = max(features, v.shape[3])
-        small = widest > 128 or q.dtype == torch.float64
-        self.tile = 32 if small else 64
+        row_bytes = widest * q.element_size()
+        # Rows of five tensors in shared memory, of which a program has 160 KB on 8.0.
+        self.tile = 64 if row_bytes <= 128 else 32 if row_bytes <= 512 else 16
 
         def batched(tensor: Tensor | None) -> tuple[Tensor, int] | None:
             if tensor is None:
@@ -172,6 +173,7 @@ class _Call:
             "V": max(LEAST_TILE, triton.next_power_of_2(v.shape[3])),
             "TILE": self.tile,
             "num_warps": 4 if widest <= 64 else 8,
+            "num_stages": 2 if row_bytes <= 128 else 1,
         }
 
 
