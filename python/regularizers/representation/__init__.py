@@ -1,3 +1,13 @@
 """Methods on what a network's features look like: self-supervision, attention, collapse."""
 
-__all__: list[str] = []
+from regularizers.representation.attention import (
+    BalancedAttention2d,
+    CoordinateAttention2d,
+    SqueezeExcitation2d,
+)
+
+__all__ = [
+    "BalancedAttention2d",
+    "CoordinateAttention2d",
+    "SqueezeExcitation2d",
+]
