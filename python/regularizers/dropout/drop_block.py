@@ -259,7 +259,7 @@ def apply_progressive_drop_block(
         for name in stage:
             module = known[name]
             if isinstance(module, DropBlock2d):
-                module.p = torch.tensor(rate)
+                module.p = torch.tensor(rate, dtype=torch.float64)
             else:
                 run_after(module, layer(rate), "drop_block")
     return model

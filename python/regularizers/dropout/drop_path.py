@@ -230,7 +230,7 @@ class ScheduledDropPath(ScheduledModule):
     def p(self, value: float) -> None:
         check_probability("p", float(value))
         self._final_p = float(value)
-        self.rate = torch.tensor(self.current_p)
+        self.rate = torch.tensor(self.current_p, dtype=torch.float64)
 
     @property
     def current_p(self) -> float:
@@ -241,7 +241,7 @@ class ScheduledDropPath(ScheduledModule):
     def set_progress(self, progress: float) -> None:
         """Move to a share of the training, at least 0; above 1 it counts as 1."""
         self._progress = check_progress("progress", progress)
-        self.rate = torch.tensor(self.current_p)
+        self.rate = torch.tensor(self.current_p, dtype=torch.float64)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return ``x`` with some samples dropped, added to ``residual``."""
