@@ -1,8 +1,10 @@
-"""Walking a model: replace the modules that a method wraps or converts, wherever they stand."""
+"""Walking a model: replace the modules that a method wraps or converts, run others behind them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -36,3 +38,30 @@ def replace_modules(
         return done[module]
 
     return visit("", model)
+
+
+def run_after(module: nn.Module, follower: nn.Module, name: str) -> None:
+    """Make ``module`` return ``follower(output)`` from now on; the follower becomes its child.
+
+    Names of parameters and keys of the state dict stay as they are. ``train()``, ``eval()`` and
+    ``to()`` reach the follower with its parent.
+
+    Args:
+        module: any module that returns one tensor; a ``torch.nn.Sequential`` is appended to.
+        follower: the module to run on what ``module`` returns.
+        name: the follower's name among the children of ``module``, where that has names.
+
+    Raises:
+        ValueError: ``module`` has an attribute of that name already.
+    """
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        module.append(follower)
+        return
+    if hasattr(module, name):
+        raise ValueError(f"{type(module).__name__} has a {name!r} already")
+    module.add_module(name, follower)
+    module.register_forward_hook(functools.partial(_run_follower, name))
+
+
+def _run_follower(name: str, module: nn.Module, inputs: Any, output: Any) -> Any:
+    return getattr(module, name)(output)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regularizers._shared.checks import NUMBERS, check_same_device
+from regularizers._shared.checks import NUMBERS, check_same_device, known_range
 
 
 def scheduled(
@@ -39,6 +39,16 @@ def scheduled(
 
 def _dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def known_zero(value: float | Tensor) -> bool:
+    """Tell whether a scheduled quantity is 0, as far as looking costs no synchronisation.
+
+    Inside ``torch.compile`` a tensor is never known: one graph serves every value.
+    """
+    if isinstance(value, Tensor):
+        return known_range(value) == (0.0, 0.0)
+    return value == 0
 
 
 class ScheduledModule(nn.Module):

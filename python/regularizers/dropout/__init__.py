@@ -1,7 +1,25 @@
 """Methods that remove, truncate or perturb part of a network's computation while it trains."""
 
+from regularizers.dropout.drop_block import (
+    DropBlock2d,
+    apply_progressive_drop_block,
+    drop_block2d,
+    progressive_rates,
+)
+from regularizers.dropout.drop_path import (
+    ScheduledDropPath,
+    apply_scheduled_drop_path,
+    drop_path,
+    drop_path_compact,
+    set_drop_path_progress,
+)
 from regularizers.dropout.feature_subset import (
     sample_feature_masks,
+)
+from regularizers.dropout.layer_shuffle import (
+    StochasticLayerShuffle,
+    apply_layer_shuffle,
+    shuffled_call,
 )
 from regularizers.dropout.masked_input import (
     causal_right_window_mask,
@@ -71,6 +89,15 @@ from regularizers.dropout.quantized_perturbation import (
     straight_through,
     vq_alignment_loss,
 )
+from regularizers.dropout.schedules import (
+    DepthSchedule,
+    DropoutSchedule,
+    RateSchedule,
+    ScheduledDropout,
+    TimeSchedule,
+    apply_schedule,
+    set_dropout,
+)
 from regularizers.dropout.sensory import (
     SensoryDropout,
 )
@@ -102,6 +129,9 @@ __all__ = [
     "BetaNoisePolicy",
     "CoTeachingStep",
     "ConcatFusion",
+    "DepthSchedule",
+    "DropBlock2d",
+    "DropoutSchedule",
     "EMABaseline",
     "FixedFractionRankSampler",
     "IndependentRankSampler",
@@ -116,20 +146,32 @@ __all__ = [
     "ProjectedVectorQuantizer",
     "QuantizedPerturbation",
     "RankSampler",
+    "RateSchedule",
     "RedundantTokenPadding",
     "SSASchedule",
+    "ScheduledDropPath",
+    "ScheduledDropout",
     "SemanticProjector",
     "SensoryDropout",
     "SingleLayerRankSampler",
+    "StochasticLayerShuffle",
     "SubsampledSelfAttention",
     "SumFusion",
+    "TimeSchedule",
     "TransformerFusion",
+    "apply_layer_shuffle",
     "apply_noise_mask",
+    "apply_progressive_drop_block",
+    "apply_schedule",
+    "apply_scheduled_drop_path",
     "causal_right_window_mask",
     "codebook_entropy_loss",
     "convert_attention",
     "decay_parameter_groups",
     "decompose",
+    "drop_block2d",
+    "drop_path",
+    "drop_path_compact",
     "evaluate_modality_subsets",
     "expected_prefix_cross_entropy",
     "freeze_for_decoder_finetune",
@@ -152,6 +194,7 @@ __all__ = [
     "prefix_accuracy",
     "prefix_logits",
     "prefix_mask",
+    "progressive_rates",
     "ramped_ema",
     "reinforce_loss",
     "sample_feature_masks",
@@ -162,7 +205,10 @@ __all__ = [
     "select_prefix",
     "self_ensemble",
     "semi_supervised_seg_loss",
+    "set_drop_path_progress",
+    "set_dropout",
     "shrink_model",
+    "shuffled_call",
     "straight_through",
     "subsampled_attention",
     "vq_alignment_loss",

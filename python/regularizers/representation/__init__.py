@@ -1,7 +1,17 @@
 """Methods on what a network's features look like: self-supervision, attention, collapse."""
 
-from regularizers.representation.collapse import collapse_metrics
-from regularizers.representation.feature_tokens import FeatureTokenizer, RegularizationTokens
+from regularizers.representation.attention import (
+    BalancedAttention2d,
+    CoordinateAttention2d,
+    SqueezeExcitation2d,
+)
+from regularizers.representation.collapse import (
+    collapse_metrics,
+)
+from regularizers.representation.feature_tokens import (
+    FeatureTokenizer,
+    RegularizationTokens,
+)
 from regularizers.representation.tabular_jepa import (
     FeaturePredictor,
     TabularJEPA,
@@ -10,9 +20,12 @@ from regularizers.representation.tabular_jepa import (
 )
 
 __all__ = [
+    "BalancedAttention2d",
+    "CoordinateAttention2d",
     "FeaturePredictor",
     "FeatureTokenizer",
     "RegularizationTokens",
+    "SqueezeExcitation2d",
     "TabularJEPA",
     "collapse_metrics",
     "ema_update_",

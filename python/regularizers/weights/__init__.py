@@ -1,3 +1,7 @@
 """Weights of classes, samples and losses."""
 
-__all__: list[str] = []
+from regularizers.weights.class_balance import class_balanced_weights
+
+__all__ = [
+    "class_balanced_weights",
+]
