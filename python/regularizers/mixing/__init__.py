@@ -11,7 +11,6 @@ from regularizers.mixing.adamixup import (
 from regularizers.mixing.cutmix import CutMix, cutmix, random_box
 from regularizers.mixing.functional import (
     MixBatch,
-    mix,
     mixed_cross_entropy,
     sample_lambda,
     softmax_consistency,
@@ -37,7 +36,6 @@ __all__ = [
     "cutmix",
     "local_linearity_gap",
     "manifold_intrusion_rate",
-    "mix",
     "mixed_cross_entropy",
     "mixup",
     "random_box",
