@@ -20,7 +20,6 @@ from regularizers.mixing.cutmix import (
 )
 from regularizers.mixing.functional import (
     MixBatch,
-    mix,
     mixed_cross_entropy,
     sample_lambda,
     softmax_consistency,
@@ -52,7 +51,6 @@ __all__ = [
     "feature_consistency",
     "local_linearity_gap",
     "manifold_intrusion_rate",
-    "mix",
     "mixed_cross_entropy",
     "mixup",
     "random_box",
