@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -105,3 +107,16 @@ def known_range(values: Tensor) -> tuple[float, float] | None:
         return None
     least, largest = values.aminmax()
     return least.item(), largest.item()
+
+
+def check_values(condition: Tensor, message: Callable[[], str]) -> None:
+    """Raise unless a boolean tensor with no dimensions is true.
+
+    On a device, where looking would cost a synchronisation, and in compiled code this is an
+    assertion of the device, without the values in its message.
+    """
+    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(condition):
+            raise ValueError(message())
+    else:
+        torch._assert_async(condition, "a value is not finite or out of range")

@@ -9,9 +9,21 @@ from regularizers.mixing.adamixup import (
     sample_policy,
 )
 from regularizers.mixing.adawac import (
-    AdaptiveConsistencyWeights,
     AdaWAC,
+    AdaptiveConsistencyWeights,
     feature_consistency,
+)
+from regularizers.mixing.compositional_adversary import (
+    Attack,
+    CATStep,
+    CompositionalAdversary,
+    GradientReversal,
+    bit_accuracy,
+    cat_step,
+    detection_rate,
+    straight_through_gumbel,
+    watermark_capacity,
+    watermark_step,
 )
 from regularizers.mixing.cutmix import (
     CutMix,
@@ -34,20 +46,33 @@ from regularizers.mixing.semixup import (
     SemixupParts,
     semixup_unlabeled_loss,
 )
+from regularizers.mixing.transforms import (
+    TransformFamily,
+    default_families,
+)
 
 __all__ = [
     "AdaMixUp",
     "AdaMixUpOutput",
     "AdaWAC",
     "AdaptiveConsistencyWeights",
+    "Attack",
+    "CATStep",
+    "CompositionalAdversary",
     "CutMix",
+    "GradientReversal",
     "MixBatch",
     "MixUp",
     "PolicyRegion",
     "Semixup",
     "SemixupOutput",
     "SemixupParts",
+    "TransformFamily",
+    "bit_accuracy",
+    "cat_step",
     "cutmix",
+    "default_families",
+    "detection_rate",
     "feature_consistency",
     "local_linearity_gap",
     "manifold_intrusion_rate",
@@ -58,4 +83,7 @@ __all__ = [
     "sample_policy",
     "semixup_unlabeled_loss",
     "softmax_consistency",
+    "straight_through_gumbel",
+    "watermark_capacity",
+    "watermark_step",
 ]

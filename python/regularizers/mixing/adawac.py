@@ -19,6 +19,7 @@ from regularizers._shared.checks import (
     check_same_device,
     check_shape,
     check_tensor,
+    check_values,
 )
 from regularizers._shared.distributed import gather_rows
 from regularizers._shared.scheduled import ScheduledModule
@@ -160,7 +161,7 @@ class AdaptiveConsistencyWeights(ScheduledModule):
         check_same_device("index", index, "the weights", self.logit)
         check_floating("supervised", supervised)
         check_shape("supervised", supervised, tuple(index.shape), "that of index")
-        _require(
+        check_values(
             ((index >= 0) & (index < self.logit.shape[0])).all(),
             lambda: f"index must lie in [0, {self.logit.shape[0]}), got {index.tolist()}",
         )
@@ -194,18 +195,9 @@ class AdaptiveConsistencyWeights(ScheduledModule):
         return f"num_samples={self.logit.shape[0]}, lr={self.lr:g}"
 
 
-def _require(condition: Tensor, message: Callable[[], str]) -> None:
-    """Raise ValueError on a CPU; assert on the device elsewhere, and in compiled code."""
-    if condition.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool(condition):
-            raise ValueError(message())
-    else:
-        torch._assert_async(condition, "a loss is not finite, or an index is out of range")
-
-
 def _check_finite(name: str, losses: Tensor) -> None:
     finite = losses.detach().isfinite()
-    _require(finite.all(), lambda: f"{name} must be finite, got {losses.tolist()}")
+    check_values(finite.all(), lambda: f"{name} must be finite, got {losses.tolist()}")
 
 
 class AdaWAC(nn.Module):
