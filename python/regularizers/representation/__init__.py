@@ -5,6 +5,7 @@ from regularizers.representation.feature_tokens import FeatureTokenizer, Regular
 from regularizers.representation.tabular_jepa import (
     FeaturePredictor,
     TabularJEPA,
+    TabularJEPAOutput,
     ema_update_,
     jepa_loss,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "FeatureTokenizer",
     "RegularizationTokens",
     "TabularJEPA",
+    "TabularJEPAOutput",
     "collapse_metrics",
     "ema_update_",
     "jepa_loss",

@@ -181,6 +181,11 @@ class TabularJEPAOutput(NamedTuple):
         loss: with no dimensions.
         prediction: ``[P, C, B, n_target, E]``, for every target and context.
         target: shape of ``prediction``, without gradient.
+
+    Example:
+        >>> x = torch.zeros(1, 1, 2, 3, 4)
+        >>> TabularJEPAOutput(jepa_loss(x, x), x, x).loss
+        tensor(0.)
     """
 
     loss: Tensor
