@@ -98,6 +98,13 @@ def test_average_follows_the_formula():
     torch.testing.assert_close(target.weight, expected.detach())
 
 
+def test_average_may_be_wider_than_the_module():
+    online, target = nn.Linear(3, 4).bfloat16(), nn.Linear(3, 4)
+    expected = 0.996 * target.weight + 0.004 * online.weight.float()
+    ema_update_(target, online, 0.996)
+    torch.testing.assert_close(target.weight, expected.detach())
+
+
 def test_modules_that_differ_are_refused():
     with pytest.raises(ValueError, match="target must"):
         ema_update_(nn.Linear(3, 4), nn.Linear(3, 5), 0.5)
