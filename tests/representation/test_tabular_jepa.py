@@ -98,6 +98,13 @@ def test_average_follows_the_formula():
     torch.testing.assert_close(target.weight, expected.detach())
 
 
+def test_average_may_be_wider_than_the_module():
+    online, target = nn.Linear(3, 4).bfloat16(), nn.Linear(3, 4)
+    expected = 0.996 * target.weight + 0.004 * online.weight.float()
+    ema_update_(target, online, 0.996)
+    torch.testing.assert_close(target.weight, expected.detach())
+
+
 def test_modules_that_differ_are_refused():
     with pytest.raises(ValueError, match="target must"):
         ema_update_(nn.Linear(3, 4), nn.Linear(3, 5), 0.5)
@@ -307,3 +314,36 @@ def test_bad_input_names_the_argument():
     ]:  # fmt: skip
         with pytest.raises(exception, match=name):
             call()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_reg_tokens", [0, 1])
+def test_training_predicts_better_than_the_mean_and_does_not_collapse(num_reg_tokens):
+    # Sheet of paper 83, fact 8: 12 columns of a latent with 4 dimensions. Tokens of features start
+    # as large as their positions here, which makes 200 steps enough.
+    torch.set_num_threads(1)
+    latent = torch.randn(1000, 4)
+    x = torch.tanh(0.5 * latent @ torch.randn(4, 12)) + 0.1 * torch.randn(1000, 12)
+    x = (x - x.mean(0)) / x.std(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = TabularJEPA(
+        FeatureTokenizer(12, [], 16, num_reg_tokens=num_reg_tokens),
+        nn.TransformerEncoder(layer, 2),
+        FeaturePredictor(num_reg_tokens + 12, 16, depth=1),
+    )
+    with torch.no_grad():
+        for tokenizer in (model.tokenizer, model.target_tokenizer):
+            tokenizer.weight.mul_(4)
+    before = model.encode(x).var(0).mean()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for step in range(200):
+        loss = model(x[torch.randint(1000, (64,))], seed=step).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update_target(step / 200)
+    with torch.no_grad():
+        error = sum(model(x, seed=1000 + draw).loss for draw in range(3)) / 3
+    variance = model.encode(x, target=True).var(0).mean()  # the error of each feature's mean
+    assert error < 0.95 * variance
+    assert variance > before / 2

@@ -230,7 +230,8 @@ class ModalityMAE(nn.Module):
         """Return tokens for the fusion, the loss, and which modalities were missing.
 
         Args:
-            x: tokens ``[B, M, D]``; what stands at missing places reaches nothing but the loss.
+            x: tokens ``[B, M, D]``. What stands at missing places reaches nothing but the loss,
+                which says nothing where that is not known.
             present: which modalities are there: bool ``[B, M]``, or their numbers for all samples;
                 None for a random draw in training and for all in evaluation.
             seed: of that draw: int or int64 tensor with no dimensions.
@@ -271,8 +272,10 @@ class ModalityMAE(nn.Module):
                     f"present must hold one or more different modalities in "
                     f"[0, {self.num_modalities}), got {chosen}"
                 )
-            row = [modality in chosen for modality in range(self.num_modalities)]
-            return torch.tensor(row, device=x.device).expand(x.shape[:2])
+            row = torch.zeros(self.num_modalities, dtype=torch.bool, device=x.device)
+            for modality in chosen:
+                row[modality] = True  # filled on the device, so that CUDA graphs capture it
+            return row.expand(x.shape[:2])
         if present.dtype != torch.bool:
             raise TypeError(f"present must be a bool tensor, got {present.dtype}")
         if present.shape != x.shape[:2]:
@@ -304,8 +307,9 @@ class ModalityMAE(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         target = (x.detach() if self.detach_target else x).to(wide)
         if self.normalize_target:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (variance + 1e-6).sqrt()
+            target = target - target.mean(-1, keepdim=True)
+            variance = target.square().sum(-1, keepdim=True) / (self.dim - 1)
+            target = target / (variance + 1e-6).sqrt()
         errors = (predicted.to(wide) - target).square().mean(-1)
         # Selected, not multiplied: a present token without a loss must not bring in its NaN.
         total = torch.where(missing, errors, 0).sum()

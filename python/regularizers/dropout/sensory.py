@@ -32,8 +32,8 @@ class SensoryDropout(ScheduledModule):
         0 \text{ or a learned } v^s & \text{absent} \end{cases}
 
     What stays is not rescaled by 1 / (1 - p): a stream is a token, not a unit. Which streams a
-    sample keeps is a function of the seed: stream s of the random bits, element i. In ``eval()``
-    nothing is dropped.
+    sample keeps is a function of the seed: for S streams, element (S + 1) i + s of the random bits.
+    In ``eval()`` nothing is dropped.
 
     The paper's study finds no consistent gain from sensory dropout at scale. Measure it.
 
@@ -62,9 +62,9 @@ class SensoryDropout(ScheduledModule):
         >>> inputs = {"camera": torch.ones(4, 3, 8, 8), "state": torch.ones(4, 7)}
         >>> outputs, present = drop(inputs, seed=0)
         >>> present["camera"].tolist(), present["state"].tolist()
-        ([False, True, True, True], [True, True, False, True])
+        ([False, True, True, True], [True, True, False, False])
         >>> outputs["state"][:, 0]
-        tensor([1., 1., 0., 1.])
+        tensor([1., 1., 0., 0.])
         >>> drop.set_rate("camera", 0.1)  # a schedule
         >>> drop.eval()(inputs)[0] is inputs
         True
@@ -161,12 +161,14 @@ class SensoryDropout(ScheduledModule):
         present = dict.fromkeys(inputs, everyone)
         if not self.training or all(self._at_zero):
             return inputs, present
+        # One column more than there are streams, for the one that may be restored.
         bits = draw_seed(seed, generator, first)
-        for index, name in enumerate(self.streams):
-            if not self._at_zero[index]:
-                words = random_words(bits, 1, batch, stream=index)[0]
-                present[name] = words >= self._threshold(index)
-        self._restore_one(present, bits, batch)
+        words = random_words(bits, batch, len(self.streams) + 1)
+        rates = torch.stack([self.rate(name) for name in self.streams])
+        kept = words[:, :-1] >= (rates * 2.0**32 + 0.5).to(torch.int64)
+        present.update(zip(self.streams, kept.unbind(1), strict=True))
+        if self.keep_at_least_one:
+            self._restore_one(present, words[:, -1])
         if self.mode == "mask":
             return inputs, present
         outputs = dict(inputs)
@@ -175,16 +177,10 @@ class SensoryDropout(ScheduledModule):
                 outputs[name] = self._replace(name, inputs[name], present[name])
         return outputs, present
 
-    def _threshold(self, index: int) -> Tensor:
-        rate: Tensor = getattr(self, f"_rate{index}")
-        return (rate * 2.0**32 + 0.5).to(torch.int64)
-
-    def _restore_one(self, present: dict[str, Tensor], bits: Tensor, batch: int) -> None:
+    def _restore_one(self, present: dict[str, Tensor], words: Tensor) -> None:
+        """Put one stream back where all that are listed fell."""
         listed = self.keep_at_least_one
-        if not listed or any(self._at_zero[self.streams.index(name)] for name in listed):
-            return
         fallen = ~torch.stack([present[name] for name in listed]).any(0)
-        words = random_words(bits, 1, batch, stream=len(self.streams))[0]
         chosen = uniform_integer(words, 0, len(listed) - 1)
         for number, name in enumerate(listed):
             present[name] = present[name] | (fallen & (chosen == number))

@@ -171,7 +171,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _pose(rotation: Tensor, translation: Tensor) -> Tensor:
     upper = torch.cat([rotation, translation], dim=-1)
-    last = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=upper.dtype, device=upper.device)
+    last = torch.eye(4, dtype=upper.dtype, device=upper.device)[3:]  # nothing copied from the host
     return torch.cat([upper, last.expand(*upper.shape[:-2], 1, 4)], dim=-2)
 
 

@@ -15,6 +15,7 @@ from regularizers.representation.feature_tokens import (
 from regularizers.representation.tabular_jepa import (
     FeaturePredictor,
     TabularJEPA,
+    TabularJEPAOutput,
     ema_update_,
     jepa_loss,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "RegularizationTokens",
     "SqueezeExcitation2d",
     "TabularJEPA",
+    "TabularJEPAOutput",
     "collapse_metrics",
     "ema_update_",
     "jepa_loss",

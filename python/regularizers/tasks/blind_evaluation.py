@@ -19,7 +19,12 @@ T = TypeVar("T")
 
 
 class BlindTrial(NamedTuple):
-    """One trial of a schedule: everything that its executor and its judge are told."""
+    """One trial of a schedule: everything that its executor and its judge are told.
+
+    Example:
+        >>> BlindTrial(group=0, task="place", code="LSLRB").task
+        'place'
+    """
 
     group: int
     task: str
@@ -27,7 +32,12 @@ class BlindTrial(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A mean and its interval."""
+    """A mean and its interval.
+
+    Example:
+        >>> Estimate(0.5, 0.4, 0.6).high
+        0.6
+    """
 
     mean: float
     low: float
@@ -43,6 +53,13 @@ class BlindResult(NamedTuple):
             of the second. Both met the same conditions in each group, so these intervals are
             narrower than those of the scores tell.
         identities: the policy behind each code.
+
+    Example:
+        >>> trial = GroupedBlindTrial(["base", "dropout"], ["pick"], 2, seed=0)
+        >>> for entry in trial.schedule():
+        ...     trial.record(entry.code, trial.policy_of(entry.code) == "base")
+        >>> trial.unblind().differences["base", "dropout"]
+        Estimate(mean=1.0, low=1.0, high=1.0)
     """
 
     scores: dict[str, Estimate]
