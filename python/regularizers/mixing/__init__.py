@@ -9,8 +9,8 @@ from regularizers.mixing.adamixup import (
     sample_policy,
 )
 from regularizers.mixing.adawac import (
-    AdaWAC,
     AdaptiveConsistencyWeights,
+    AdaWAC,
     feature_consistency,
 )
 from regularizers.mixing.compositional_adversary import (
