@@ -24,7 +24,7 @@ from regularizers.dropout import (
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-WIDTH, NOISE, EPOCHS = 256, 0.4, 40
+WIDTH, NOISE, EPOCHS = 256, 0.4, 150
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def train(name: str, x: Tensor, y: Tensor) -> tuple[nn.Module, nn.Linear]:
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU())
     head = nn.Linear(WIDTH, 10)
-    nested = NestedDropout(WIDTH, std=5.0)
+    nested = NestedDropout(WIDTH, std=10.0)
     optimizer = torch.optim.Adam([*body.parameters(), *head.parameters()], lr=1e-3)
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(x)).split(64):
