@@ -65,7 +65,7 @@ class NestedDropout(nn.Module):
 
     One k for the mini-batch, as in the authors' code. There is no factor 1/2 in the exponent and no
     rescaling. In ``eval()`` the first ``k_eval`` features stay; find that length on validation data
-    with :func:`prefix_accuracy` and :func:`select_prefix`, and assign it.
+    with :func:`regularizers.ops.prefix_accuracy` and :func:`select_prefix`, and assign it.
 
     Args:
         num_features: N, the size of ``dim``.
@@ -187,8 +187,8 @@ def select_prefix(correct: Tensor, total: int, *, penalty: float = 1e-5) -> tupl
         a_k = \mathrm{correct}_k / \mathrm{total}
 
     Args:
-        correct: ``[D]``, right answers with the first k features, as :func:`prefix_accuracy` counts
-            them (sums over batches are fine).
+        correct: ``[D]``, right answers with the first k features, as
+            :func:`regularizers.ops.prefix_accuracy` counts them (sums over batches are fine).
         total: number of samples.
         penalty: accuracy that a further feature has to bring; not negative.
 

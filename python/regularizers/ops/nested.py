@@ -74,7 +74,10 @@ def prefix_linear(x: Tensor, weight: Tensor, bias: Tensor | None, k: int | Tenso
         check_prefix_lengths(k, size, x, x.dim() - 1)
     else:
         check_prefix_length(k, size)
-        return F.linear(x[..., :k], weight[:, :k], bias)
+        if x.device.type != "cpu" or x.dtype.itemsize == 2 or transformed():
+            return F.linear(x[..., :k], weight[:, :k], bias)
+        # Autograd's gradient of a slice is a full one that it fills with zeros and copies into.
+        k = torch.full((), k)
     low = autocast_dtype(x.device)
     if low is not None and x.dtype != torch.float64:
         x, weight = x.to(low), weight.to(low)
