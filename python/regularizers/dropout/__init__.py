@@ -28,7 +28,11 @@ from regularizers.dropout.noise_mask import (
     reinforce_loss,
     sample_noise_mask,
 )
-from regularizers.dropout.ordered import OrderedLowRankConv2d, OrderedLowRankLinear
+from regularizers.dropout.ordered import (
+    OrderedLowRankConv2d,
+    OrderedLowRankLayer,
+    OrderedLowRankLinear,
+)
 from regularizers.dropout.ordered_training import (
     FixedFractionRankSampler,
     IndependentRankSampler,
@@ -66,6 +70,7 @@ __all__ = [
     "MultiSampleDropoutCrossEntropy",
     "NestedDropout",
     "OrderedLowRankConv2d",
+    "OrderedLowRankLayer",
     "OrderedLowRankLinear",
     "PrefixDistribution",
     "RankSampler",

@@ -43,7 +43,7 @@ def sample_num_tokens(
 
     A draw above N keeps all tokens, so all N are kept with probability
     :math:`(M + 1) / (N + M - k_{\min} + 1)`; the law of min(k, N) is
-    :meth:`PrefixDistribution.padded_uniform`. Without padding it is nested dropout with a uniform
+    ``PrefixDistribution.padded_uniform``. Without padding it is nested dropout with a uniform
     law, with ``k_min`` = N and no padding no dropout at all.
 
     Args:
