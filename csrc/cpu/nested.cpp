@@ -4,6 +4,9 @@
 // rows that reach into a panel are then the leading ones, so each panel is one product of full
 // matrices, by the BLAS that PyTorch brings. The price over the work that is kept: rows that end
 // inside a panel count to its end, about 1 / (2 panels) of the work for k spread evenly.
+//
+// Each thread takes a strip, every threads-th of the sorted rows, and multiplies its panels alone:
+// one meeting of the threads a product, where threads inside of every panel would meet at each.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
@@ -17,13 +20,34 @@
 namespace regularizers {
 namespace {
 
-// Rows in the order of their lengths, and the panels of features.
+// A contiguous input without autograd's marks. Worker threads are not below autograd, and would
+// have it follow what they do with a tensor that requires grad.
+class Plain {
+ public:
+  explicit Plain(const Tensor& tensor) : owner_(torch::stable::contiguous(tensor)) {
+    const std::vector<int64_t> sizes(owner_.sizes().begin(), owner_.sizes().end()),
+        strides(owner_.strides().begin(), owner_.strides().end());
+    view_ = torch::stable::from_blob(owner_.mutable_data_ptr(), sizes, strides, owner_.device(),
+                                     owner_.scalar_type());
+  }
+
+  const Tensor& operator*() const { return view_; }
+
+ private:
+  Tensor owner_, view_;
+};
+
+// Rows dealt to strips in the order of their lengths, and the panels of features.
 struct Buckets {
-  std::vector<int64_t> order, kept;  // [rows], longest first
+  struct Strip {
+    int64_t begin;
+    std::vector<int64_t> rows;  // rows[j] rows of the strip reach beyond e_j: its leading ones
+  };
+  std::vector<int64_t> order, kept;  // [rows]: strip after strip, longest first in each
+  std::vector<int64_t> padded;       // [rows]: where the last panel of a row ends
   std::vector<int64_t> edges;        // 0 = e_0 < e_1 < ... = largest k
-  std::vector<int64_t> rows;         // rows[j] rows reach beyond e_j
-  std::vector<int64_t> padded;       // [rows]: the edge at which the last panel of a row ends
-  bool uniform;                      // all lengths are equal
+  std::vector<Strip> strips;
+  bool uniform;  // all lengths are equal, and `order` changes nothing
 
   Buckets(const Tensor& k, int64_t count, int64_t features, int64_t outputs)
       : order(count), kept(count), padded(count) {
@@ -41,24 +65,38 @@ struct Buckets {
       std::stable_sort(order.begin(), order.end(),
                        [&](int64_t a, int64_t b) { return values[a] > values[b]; });
     }
+    const auto length = [&](int64_t i) { return values[one ? 0 : order[i]]; };
     for (int64_t i = 0; i < count; ++i) {
-      kept[i] = values[one ? 0 : order[i]];
+      kept[i] = length(i);
     }
     uniform = count == 0 || kept.front() == kept.back();
-    cut(outputs);
+    edges = {0};
+    if (count > 0) {
+      cut(outputs);
+      deal(outputs);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      kept[i] = length(i);
+      padded[i] = *std::lower_bound(edges.begin(), edges.end(), kept[i]);
+    }
+    for (Strip& strip : strips) {
+      for (int64_t j = 0; j < panels(); ++j) {
+        const auto begin = kept.begin() + strip.begin, end = begin + strip.rows[0];
+        strip.rows.push_back(
+            std::partition_point(begin, end, [&](int64_t k) { return k > edges[j]; }) - begin);
+      }
+      strip.rows.erase(strip.rows.begin());
+    }
   }
 
   int64_t panels() const { return static_cast<int64_t>(edges.size()) - 1; }
   int64_t largest() const { return edges.back(); }
 
  private:
+  // Panels; `kept` is sorted.
   void cut(int64_t outputs) {
     constexpr int64_t kMostPanels = 16, kStep = 64, kPanelProducts = 1 << 21;
     const int64_t count = static_cast<int64_t>(kept.size());
-    edges = {0};
-    if (count == 0) {
-      return;
-    }
     // A product of fewer multiplications costs more in the call than its panel saves.
     const int64_t wanted = std::clamp<int64_t>(count * kept.front() * outputs / kPanelProducts,
                                                int64_t{1}, std::min(kMostPanels, count));
@@ -69,34 +107,73 @@ struct Buckets {
         edges.push_back(edge);
       }
     }
-    for (size_t j = 0, i = kept.size(); j + 1 < edges.size(); ++j) {
-      while (kept[i - 1] <= edges[j]) {
-        --i;
+  }
+
+  // Strips: of sorted rows like cards, so that all have the same work.
+  void deal(int64_t outputs) {
+    constexpr int64_t kLeastRows = 32, kStripProducts = 1 << 21;
+    const int64_t count = static_cast<int64_t>(order.size());
+    const int64_t threads = torch::stable::get_num_threads();
+    const bool pays =
+        count / threads >= kLeastRows && count * largest() * outputs / threads >= kStripProducts;
+    const int64_t number = pays ? threads : 1;
+    const std::vector<int64_t> sorted = order;
+    int64_t next = 0;
+    for (int64_t s = 0; s < number; ++s) {
+      const int64_t begin = next;
+      if (uniform) {
+        next = count * (s + 1) / number;
+      } else {
+        for (int64_t i = s; i < count; i += number) {
+          order[next++] = sorted[i];
+        }
       }
-      rows.push_back(static_cast<int64_t>(i));
-      std::fill_n(padded.begin(), i, edges[j + 1]);
+      strips.push_back({begin, {next - begin}});
     }
   }
 };
 
-// out = left right, or bias + left right, or, where `add`, out + left right.
-void multiply(const Tensor& out, const Tensor& left, const Tensor& right,
-              const std::optional<Tensor>& bias = std::nullopt, bool add = false) {
-  if (add || bias.has_value()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), (add ? out : *bias).get(),
-                                                           left.get(), right.get(), 1.0, 1.0));
+// A product of matrices: out = left right, bias + left right, or out + left right.
+struct Product {
+  Tensor out, left, right;
+  std::optional<Tensor> added;  // the bias, or `out` itself
+
+  void run() const {
+    if (added.has_value()) {
+      STABLE_TORCH_ERROR_CODE_CHECK(
+          aoti_torch_cpu_addmm_out(out.get(), added->get(), left.get(), right.get(), 1.0, 1.0));
+    } else {
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+    }
+  }
+};
+
+// Lists of products. One list has BLAS's threads to itself; several run side by side, each on one
+// thread.
+void run(const std::vector<std::vector<Product>>& lists) {
+  const auto work = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (const Product& product : lists[static_cast<size_t>(i)]) {
+        product.run();
+      }
+    }
+  };
+  if (lists.size() == 1) {
+    work(0, 1);
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+    torch::stable::parallel_for(0, static_cast<int64_t>(lists.size()), 1, work);
   }
 }
 
-Tensor head(Tensor matrix, int64_t rows) { return torch::stable::narrow(matrix, 0, 0, rows); }
-Tensor columns(Tensor matrix, int64_t begin, int64_t end) {
-  return torch::stable::narrow(matrix, 1, begin, end - begin);
+Tensor part(Tensor matrix, int64_t dimension, int64_t begin, int64_t end) {
+  return torch::stable::narrow(matrix, dimension, begin, end - begin);
+}
+Tensor columns(const Tensor& matrix, int64_t begin, int64_t end) {
+  return part(matrix, 1, begin, end);
 }
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-// One call: the buckets, and copies of rows between the order of the caller and that of lengths.
+// One call: the buckets, and copies of rows between the order of the caller and that of the strips.
 struct Call {
   StorageType type;
   bool narrow;  // the storage type is narrower than the accumulation type
@@ -115,7 +192,7 @@ struct Call {
   bool direct() const { return buckets.uniform && !narrow; }
 
   Tensor empty(const Tensor& like, int64_t count, int64_t width) const {
-    Tensor out = torch::stable::new_empty(like, {count, width}, accumulate_type(type));
+    const Tensor out = torch::stable::new_empty(like, {count, width}, accumulate_type(type));
     advise_huge_pages(out.mutable_data_ptr(),
                       static_cast<size_t>(count * width * accumulate_bytes(type)));
     return out;
@@ -125,7 +202,7 @@ struct Call {
     return narrow ? torch::stable::to(tensor, accumulate_type(type)) : tensor;
   }
 
-  // The rows of x by length; behind a prefix zeros to the end of its last panel, then nothing.
+  // The rows of x by strip; behind a prefix zeros to the end of its last panel, then nothing.
   Tensor sorted_prefixes(const Tensor& x) const {
     if (direct()) {
       return columns(x, 0, buckets.largest());
@@ -151,6 +228,14 @@ struct Call {
     copy(kernels().prefix[type].scatter, sorted, out, kept, width);
   }
 
+  // Calls body(strip, begin, end, first row, end of the rows) for every panel of a strip.
+  template <typename Body>
+  void for_panels(const Buckets::Strip& strip, const Body& body) const {
+    for (int64_t j = 0; j < buckets.panels() && strip.rows[j] > 0; ++j) {
+      body(buckets.edges[j], buckets.edges[j + 1], strip.begin, strip.begin + strip.rows[j]);
+    }
+  }
+
  private:
   void copy(void (*kernel)(const PrefixRows&, int64_t, int64_t), const Tensor& from,
             const Tensor& to, const std::vector<int64_t>& kept,
@@ -167,79 +252,103 @@ struct Call {
 
 Tensor prefix_linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias,
                      const Tensor& k) {
-  const Tensor x = torch::stable::contiguous(x_), weight = torch::stable::contiguous(weight_);
+  const Plain plain_x(x_), plain_weight(weight_);
+  const Tensor &x = *plain_x, &weight = *plain_weight;
   const Call call(x, weight, k);
-  const Buckets& buckets = call.buckets;
   const Tensor out = torch::stable::new_empty(x, {call.rows(), call.outputs});
   if (out.numel() == 0) {
     return out;
   }
   const Tensor features = call.sorted_prefixes(x);
-  const Tensor w = call.wide(columns(weight, 0, buckets.largest()));
-  const std::optional<Tensor> b = bias.has_value() ? std::optional(call.wide(*bias)) : std::nullopt;
+  const Tensor w = transposed(call.wide(columns(weight, 0, call.buckets.largest())));
+  const std::optional<Plain> plain_bias =
+      bias.has_value() ? std::optional<Plain>(*bias) : std::nullopt;
+  const std::optional<Tensor> b =
+      plain_bias.has_value() ? std::optional(call.wide(**plain_bias)) : std::nullopt;
   const Tensor y = call.direct() ? out : call.empty(x, call.rows(), call.outputs);
-  for (int64_t j = 0; j < buckets.panels(); ++j) {
-    const int64_t rows = buckets.rows[j], begin = buckets.edges[j], end = buckets.edges[j + 1];
-    multiply(head(y, rows), columns(head(features, rows), begin, end),
-             transposed(columns(w, begin, end)), b, /*add=*/j > 0);
+  std::vector<std::vector<Product>> lists;
+  for (const Buckets::Strip& strip : call.buckets.strips) {
+    lists.emplace_back();
+    call.for_panels(strip, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+      const Tensor to = part(y, 0, first, last);
+      lists.back().push_back({to, columns(part(features, 0, first, last), begin, end),
+                              part(w, 0, begin, end), begin > 0 ? std::optional(to) : b});
+    });
   }
+  run(lists);
   if (!call.direct()) {
-    call.put_back(y, out, std::vector<int64_t>(buckets.order.size(), call.outputs));
+    call.put_back(y, out, std::vector<int64_t>(call.buckets.order.size(), call.outputs));
   }
   return out;
+}
+
+Tensor input_gradient(const Call& call, const Tensor& g, const Tensor& x, const Tensor& weight) {
+  const int64_t largest = call.buckets.largest();
+  const Tensor w = call.wide(columns(weight, 0, largest));
+  const Tensor grad_x = torch::stable::new_empty(x, {call.rows(), call.features});
+  const Tensor sorted = call.direct() ? grad_x : call.empty(x, call.rows(), largest);
+  std::vector<std::vector<Product>> lists;
+  for (const Buckets::Strip& strip : call.buckets.strips) {
+    lists.emplace_back();
+    call.for_panels(strip, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+      lists.back().push_back({columns(part(sorted, 0, first, last), begin, end),
+                              part(g, 0, first, last), columns(w, begin, end), std::nullopt});
+    });
+  }
+  run(lists);
+  if (!call.direct()) {
+    call.put_back(sorted, grad_x, call.buckets.kept);
+  } else if (largest < call.features) {
+    Tensor rest = columns(grad_x, largest, call.features);
+    torch::stable::zero_(rest);
+  }
+  return grad_x;
+}
+
+// Each list takes a range of outputs, for all strips of rows.
+Tensor weight_gradient(const Call& call, const Tensor& g, const Tensor& x) {
+  constexpr int64_t kLeastOutputs = 32;
+  const int64_t largest = call.buckets.largest();
+  const Tensor features = call.sorted_prefixes(x);
+  const Tensor wide = call.empty(x, call.outputs, call.features);
+  const int64_t strips = static_cast<int64_t>(call.buckets.strips.size());
+  const int64_t ranges = call.outputs / strips >= kLeastOutputs ? strips : 1;
+  std::vector<std::vector<Product>> lists;
+  for (int64_t r = 0; r < ranges; ++r) {
+    const int64_t from = call.outputs * r / ranges, to = call.outputs * (r + 1) / ranges;
+    lists.emplace_back();
+    for (const Buckets::Strip& strip : call.buckets.strips) {
+      call.for_panels(strip, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+        const Tensor out = columns(part(wide, 0, from, to), begin, end);
+        const Tensor left = transposed(columns(part(g, 0, first, last), from, to));
+        // The first strip has the longest row, hence all panels.
+        lists.back().push_back({out, left, columns(part(features, 0, first, last), begin, end),
+                                strip.begin > 0 ? std::optional(out) : std::nullopt});
+      });
+    }
+  }
+  run(lists);
+  if (largest < call.features) {
+    Tensor rest = columns(wide, largest, call.features);
+    torch::stable::zero_(rest);
+  }
+  return call.narrow ? torch::stable::to(wide, x.scalar_type()) : wide;
 }
 
 std::tuple<Tensor, Tensor> prefix_linear_backward(const Tensor& grad_, const Tensor& x_,
                                                   const Tensor& weight_, const Tensor& k,
                                                   bool wants_x, bool wants_weight) {
-  const Tensor grad = torch::stable::contiguous(grad_), x = torch::stable::contiguous(x_),
-               weight = torch::stable::contiguous(weight_);
+  const Plain plain_grad(grad_), plain_x(x_), plain_weight(weight_);
+  const Tensor &grad = *plain_grad, &x = *plain_x, &weight = *plain_weight;
   const Call call(x, weight, k);
-  const Buckets& buckets = call.buckets;
+  const bool none = grad.numel() == 0;
   const auto zeros = [&](bool wanted, int64_t rows) {
     return wanted ? torch::stable::new_zeros(x, {rows, call.features})
                   : torch::stable::new_empty(x, {0});
   };
-  if (grad.numel() == 0) {
-    return {zeros(wants_x, call.rows()), zeros(wants_weight, call.outputs)};
-  }
-  const Tensor g = call.sorted_rows(grad);
-  const int64_t largest = buckets.largest();
-  Tensor grad_x, grad_weight;
-  if (wants_x) {
-    const Tensor w = call.wide(columns(weight, 0, largest));
-    grad_x = torch::stable::new_empty(x, {call.rows(), call.features});
-    const Tensor sorted = call.direct() ? grad_x : call.empty(x, call.rows(), largest);
-    for (int64_t j = 0; j < buckets.panels(); ++j) {
-      const int64_t rows = buckets.rows[j], begin = buckets.edges[j], end = buckets.edges[j + 1];
-      multiply(columns(head(sorted, rows), begin, end), head(g, rows), columns(w, begin, end));
-    }
-    if (!call.direct()) {
-      call.put_back(sorted, grad_x, buckets.kept);
-    } else if (largest < call.features) {
-      Tensor rest = columns(grad_x, largest, call.features);
-      torch::stable::zero_(rest);
-    }
-  } else {
-    grad_x = zeros(false, 0);
-  }
-  if (wants_weight) {
-    const Tensor features = call.sorted_prefixes(x);
-    Tensor wide = call.empty(x, call.outputs, call.features);
-    for (int64_t j = 0; j < buckets.panels(); ++j) {
-      const int64_t rows = buckets.rows[j], begin = buckets.edges[j], end = buckets.edges[j + 1];
-      multiply(columns(wide, begin, end), transposed(head(g, rows)),
-               columns(head(features, rows), begin, end));
-    }
-    if (largest < call.features) {
-      Tensor rest = columns(wide, largest, call.features);
-      torch::stable::zero_(rest);
-    }
-    grad_weight = call.narrow ? torch::stable::to(wide, x.scalar_type()) : wide;
-  } else {
-    grad_weight = zeros(false, 0);
-  }
-  return {grad_x, grad_weight};
+  const Tensor g = none ? grad : call.sorted_rows(grad);
+  return {wants_x && !none ? input_gradient(call, g, x, weight) : zeros(wants_x, call.rows()),
+          wants_weight && !none ? weight_gradient(call, g, x) : zeros(wants_weight, call.outputs)};
 }
 
 }  // namespace
