@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from regularizers._bench import Case, Goal, ScalingCurve
 from regularizers._bench.case import Call
+from regularizers.dropout import OrderedLowRankLinear
 from regularizers.ops import expected_prefix_cross_entropy, prefix_accuracy, prefix_linear
 
 BATCH, FEATURES, CLASSES = 512, 2048, 1000  # of the layer
@@ -27,7 +28,8 @@ def cases(device: str, quick: bool) -> list[Case]:
     found = [
         _rows(batch, FEATURES, CLASSES, device, compiled=not quick, goals=goal),
         _one(batch, FEATURES, CLASSES, FEATURES // 2, device),
-        _low_rank(batch, 1024, 64, device),
+        _low_rank(batch, 1024, 64, device, False, [Goal("two thin layers", at_most=1.1)]),
+        _low_rank(batch, 1024, 64, device, True, [Goal("two thin layers", at_most=1.3)]),
         _accuracy(SCANNED, 10, device, goals=[Goal("loop over prefixes", at_most=1 / 50)]),
         _accuracy(SCANNED, 100, device, goals=[Goal("loop over prefixes", at_most=1 / 50)]),
         _expected(SCANNED, 10, device),
@@ -152,26 +154,47 @@ def _one(batch: int, features: int, classes: int, k: int, device: str) -> Case:
     )
 
 
-def _low_rank(batch: int, width: int, rank: int, device: str) -> Case:
-    """An ordered low-rank layer of ``width`` to ``width`` at rank r against two thin layers."""
-    x, down, _ = _layer(batch, width, width, device)
-    up = _layer(batch, width, width, device)[1]
-    thin_down, thin_up = down.detach()[:rank].clone(), up.detach()[:, :rank].clone()
-    thin = (x, thin_down.requires_grad_(), thin_up.requires_grad_())
+def _low_rank(
+    batch: int, width: int, rank: int, device: str, backward: bool, goals: Sequence[Goal]
+) -> Case:
+    """An ordered low-rank layer of ``width`` to ``width`` at rank r against two thin layers.
+
+    Its backward pass writes the zeros of both full gradients as well, which thin layers have not.
+    """
+    x, dense, _ = _layer(batch, width, width, device)
+    layer = OrderedLowRankLinear(width, width, bias=False, device=device)
+    down, up = layer.factor_in, layer.factor_out
+    thin_down = down.detach()[:rank].clone().requires_grad_()
+    thin_up = up.detach()[:, :rank].clone().requires_grad_()
     grad = torch.randn(batch, width, device=device)
 
-    def ordered(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return F.linear(F.linear(x, down[:rank]), up[:, :rank])
+    def ordered(x: Tensor, *_: Tensor) -> Tensor:
+        return layer(x, rank=rank)
 
     def two(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return F.linear(F.linear(x, down), up)
 
+    def masked(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        inner = F.linear(x, down)
+        kept = torch.arange(width, device=device) < rank
+        return F.linear(torch.where(kept, inner, 0), up)
+
+    def candidate(call: Callable[..., Tensor], leaves: Sequence[Tensor]) -> Call:
+        if backward:
+            return _with_backward(call, leaves, grad)
+        return torch.no_grad()(lambda: call(*leaves))
+
+    passes = "forward and backward" if backward else "forward"
     return Case(
-        f"ordered low-rank layer at rank {rank} of {width}, forward and backward, "
-        f"x [{batch}, {width}]",
-        ours=_with_backward(ordered, (x, down, up), grad),
-        peers={"a dense layer": _with_backward(F.linear, (x, down), grad)},
-        floors={"two thin layers": _with_backward(two, thin, grad)},
+        f"ordered low-rank layer at rank {rank} of {width}, {passes}, x [{batch}, {width}]",
+        ours=candidate(ordered, (x, down, up)),
+        peers={
+            "mask the components": candidate(masked, (x, down, up)),
+            "a dense layer": candidate(F.linear, (x, dense)),
+        },
+        floors={"two thin layers": candidate(two, (x, thin_down, thin_up))},
+        goals=goals,
+        flops=(6 if backward else 2) * batch * rank * 2 * width,
     )
 
 

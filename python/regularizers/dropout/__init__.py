@@ -59,6 +59,7 @@ from regularizers.dropout.noise_mask import (
 )
 from regularizers.dropout.ordered import (
     OrderedLowRankConv2d,
+    OrderedLowRankLayer,
     OrderedLowRankLinear,
 )
 from regularizers.dropout.ordered_training import (
@@ -140,6 +141,7 @@ __all__ = [
     "MultiSampleDropoutCrossEntropy",
     "NestedDropout",
     "OrderedLowRankConv2d",
+    "OrderedLowRankLayer",
     "OrderedLowRankLinear",
     "PerturbedTokens",
     "PrefixDistribution",

@@ -17,10 +17,26 @@ from regularizers.ops._operator import accumulate_dtype
 
 
 class OrderedLowRankLayer(nn.Module):
-    """What both layers share: factors ``[r, *in]`` and ``[out, r]``, and which ranks are used.
+    r"""What both ordered low-rank layers share: factors, norms of their components, shrinking.
 
-    ``active_rank`` is the rank the layer has been shrunk to (in the state dict); ``sampled_rank``
-    overrides it for a while and belongs to ``sampled_ranks``.
+    .. math:: W \approx U_{:, :b} V_{:, :b}^\top, \qquad
+        \mathrm{importance}_b = \|V_{:, b:}\|_F \|U_{:, b:}\|_F
+
+    Made as :class:`OrderedLowRankLinear` or :class:`OrderedLowRankConv2d`.
+
+    Attributes:
+        factor_in: :math:`V^\top`, ``[r, *in]``.
+        factor_out: U, ``[out, r]``.
+        active_rank: the rank that the layer has been shrunk to; in the state dict.
+        sampled_rank: overrides ``active_rank`` where it is not None; :func:`sampled_ranks` sets it.
+
+    Example:
+        >>> layer = OrderedLowRankLinear(8, 6)
+        >>> isinstance(layer, OrderedLowRankLayer), layer.importance().shape
+        (True, torch.Size([6]))
+
+    Source:
+        As :class:`OrderedLowRankLinear`.
     """
 
     factor_in: nn.Parameter

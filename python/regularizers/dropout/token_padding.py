@@ -43,7 +43,7 @@ def sample_num_tokens(
 
     A draw above N keeps all tokens, so all N are kept with probability
     :math:`(M + 1) / (N + M - k_{\min} + 1)`; the law of min(k, N) is
-    :meth:`PrefixDistribution.padded_uniform`. Without padding it is nested dropout with a uniform
+    ``PrefixDistribution.padded_uniform``. Without padding it is nested dropout with a uniform
     law, with ``k_min`` = N and no padding no dropout at all.
 
     Args:
@@ -272,7 +272,7 @@ def hierarchical_semantic_loss(
         target: g ``[B, L, F]``, patches of the frozen model.
         num_kept: k, an int or int64 ``[B]``, as :meth:`RedundantTokenPadding.truncate` gives it.
         num_tokens: N.
-        k_min: in [1, N].
+        k_min: in [1, N]; with N nothing is ever dropped, and the weight is ``weight_max``.
         weight_max: weight at u = 0.
         weight_min: weight at u = 1, in [0, weight_max].
         schedule: ``"linear"``, ``"cosine"`` (half a period), ``"constant"`` (``weight_max``
@@ -338,7 +338,6 @@ def _progress(num_kept: int | Tensor, num_tokens: int, k_min: int, like: Tensor)
     else:
         check_at_least("num_kept", num_kept, 1)
         k = torch.full_like(like, num_kept)
-    # With k_min = num_tokens nothing is ever dropped: then u = 0.
     return ((k.clamp(max=num_tokens) - k_min) / max(num_tokens - k_min, 1)).clamp(min=0)
 
 
@@ -353,7 +352,7 @@ def _weight(u: Tensor, weight_max: float, weight_min: float, schedule: Schedule)
     return torch.full_like(u, weight_max)
 
 
-class SemanticProjector(nn.Sequential):
+class SemanticProjector(nn.Module):
     r"""Project decoder features to those of a frozen model: three linear layers with SiLU between.
 
     .. math:: W_3\, \mathrm{SiLU}(W_2\, \mathrm{SiLU}(W_1 x))
@@ -380,15 +379,21 @@ class SemanticProjector(nn.Sequential):
     """
 
     def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
         check_at_least("dim", dim, 1)
         check_at_least("out_dim", out_dim, 1)
-        super().__init__(
+        self.layers = nn.Sequential(
             nn.Linear(dim, 4 * dim),
             nn.SiLU(),
             nn.Linear(4 * dim, 4 * dim),
             nn.SiLU(),
             nn.Linear(4 * dim, out_dim),
         )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the projected features."""
+        projected: Tensor = self.layers(features)
+        return projected
 
 
 def freeze_for_decoder_finetune(
