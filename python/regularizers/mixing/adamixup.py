@@ -21,7 +21,7 @@ from regularizers._shared.checks import (
 )
 from regularizers.mixing.functional import (
     check_labelled_batch,
-    drawing_device,
+    drawing,
     mix,
     mixed_cross_entropy,
 )
@@ -147,7 +147,7 @@ def sample_policy(
     check_shape("start", start, (None,), "[pairs]")
     if width.shape != start.shape:
         raise ValueError(f"width must have the shape of start, got {list(width.shape)}")
-    u = torch.rand(start.shape, generator=generator, device=drawing_device(generator))
+    u = torch.rand(start.shape, **drawing(generator))
     return (start + width * u.to(start)).clamp(max=1)  # a + b may round to more than 1
 
 

@@ -20,7 +20,7 @@ from regularizers.mixing.functional import (
     MixBatch,
     check_labelled_batch,
     draw_partners,
-    drawing_device,
+    drawing,
     label_weight_dtype,
     sample_lambda,
     unmixed,
@@ -91,10 +91,7 @@ def random_box(
 def _random_centre(
     size: Sequence[int], shape: tuple[int, ...], generator: torch.Generator | None
 ) -> Tensor:
-    place = drawing_device(generator)
-    return torch.stack(
-        [torch.randint(side, shape, generator=generator, device=place) for side in size], -1
-    )
+    return torch.stack([torch.randint(side, shape, **drawing(generator)) for side in size], -1)
 
 
 def cutmix(
