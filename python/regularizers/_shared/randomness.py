@@ -64,7 +64,9 @@ def check_caller_draws(generator: torch.Generator) -> None:
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if torch.compiler.is_compiling():
-        raise RuntimeError("generator must not be given inside torch.compile; give a seed or nothing instead")
+        raise RuntimeError(
+            "generator must not be given inside torch.compile; give a seed or nothing instead"
+        )
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back

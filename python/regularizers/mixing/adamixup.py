@@ -125,7 +125,8 @@ def sample_policy(
     Args:
         start: a, ``[B]``.
         width: b, ``[B]``, with a, b >= 0 and a + b <= 1.
-        generator: a generator on any device; None: PyTorch's default generator of the CPU.
+        generator: a generator on any device, as for :func:`sample_lambda`; None: PyTorch's default
+            generator of the CPU.
 
     Returns:
         ``[B]``, in [0, 1]; every pair has a draw of its own.

@@ -48,7 +48,8 @@ def random_box(
         size: the sides S_1, ..., S_d, 1 to 3 of them: ``(height, width)`` of images.
         lam: part that stays outside, in [0, 1]: a number or a tensor ``[*]``.
         centre: the places m ``[*, d]``, int64; drawn if None.
-        generator: a generator on any device; None: PyTorch's default generator of the CPU.
+        generator: a generator on any device, as for :func:`sample_lambda`; None: PyTorch's default
+            generator of the CPU.
 
     Returns:
         ``[*, d, 2]``, int64: on each side the first place inside and the first one behind.
