@@ -24,6 +24,7 @@ from regularizers.mixing.functional import (
     drawing,
     mix,
     mixed_cross_entropy,
+    moved,
 )
 
 GateNoise = Literal["truncated_normal", "none"]
@@ -149,7 +150,8 @@ def sample_policy(
     if width.shape != start.shape:
         raise ValueError(f"width must have the shape of start, got {list(width.shape)}")
     u = torch.rand(start.shape, **drawing(generator))
-    return (start + width * u.to(start)).clamp(max=1)  # a + b may round to more than 1
+    u = moved(u.to(start.dtype), start.device)
+    return (start + width * u).clamp(max=1)  # a + b may round to more than 1
 
 
 class AdaMixUpOutput(NamedTuple):

@@ -22,6 +22,7 @@ from regularizers.mixing.functional import (
     draw_partners,
     drawing,
     label_weight_dtype,
+    moved,
     sample_lambda,
     unmixed,
 )
@@ -78,7 +79,7 @@ def random_box(
     for value in known_range(lam) or ():
         check_probability("lam", value)
     if centre is None:
-        centre = _random_centre(size, tuple(lam.shape), generator).to(lam.device)
+        centre = moved(_random_centre(size, tuple(lam.shape), generator), lam.device)
     else:
         check_tensor("centre", centre)
         check_shape("centre", centre, (*lam.shape, len(size)), "[*, sides], * of lam")
@@ -179,10 +180,10 @@ def cutmix(
     if not per_sample:
         box, lam = box[0], lam[0]
     return MixBatch(
-        paste_boxes(x, partners, box.to(x.device)),
+        paste_boxes(x, partners, moved(box, x.device)),
         target,
         target[partners],
-        lam.to(x.device, label_weight_dtype(x)),
+        moved(lam.to(label_weight_dtype(x)), x.device),
         partners,
     )
 

@@ -140,7 +140,8 @@ def sample_lambda(
         lam = torch.maximum(lam, 1 - lam)
     if minimum is not None:
         lam = lam.clamp(min=minimum)
-    return lam.to(device=device, dtype=dtype or torch.get_default_dtype())
+    lam = lam.to(dtype or torch.get_default_dtype())
+    return lam if device is None else moved(lam, torch.device(device))
 
 
 def _draw_beta(n: int, alpha: float, beta: float, generator: torch.Generator | None) -> Tensor:
@@ -169,6 +170,12 @@ def drawing(generator: torch.Generator | None) -> dict[str, Any]:
     return {"device": generator.device, "generator": generator}
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return what was drawn on another device, without waiting for the work queued there."""
+    # Only towards a GPU: the other way, the host would read before the copy has come.
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+
+
 def label_weight_dtype(x: Tensor) -> torch.dtype:
     """Return the type of label weights: float64 for float64 inputs, else float32."""
     return accumulate_dtype(x.dtype)
@@ -190,7 +197,7 @@ def draw_partners(
     batch = x.shape[0]
     lam = draw_weights()
     if perm is None:
-        partners = torch.randperm(batch, **drawing(generator)).to(x.device)
+        partners = moved(torch.randperm(batch, **drawing(generator)), x.device)
     else:
         check_tensor("perm", perm)
         if perm.dtype != torch.int64:
@@ -202,7 +209,7 @@ def draw_partners(
         hit = torch.rand((), **drawing(generator)) < prob
         lam = torch.where(hit, lam, 1.0)
         identity = torch.arange(batch, device=x.device)
-        partners = torch.where(hit.to(x.device), partners, identity)
+        partners = torch.where(moved(hit, x.device), partners, identity)
     return lam, partners
 
 
