@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from regularizers._shared.checks import (
     check_at_least,
     check_floating,
+    check_module,
     check_one_of,
     check_positive,
     check_same_device,
@@ -404,9 +405,3 @@ def local_linearity_gap(
     gap = (at_mix - mix(at_ends, partners, lam)).reshape(count, -1)
     norm: Tensor = torch.linalg.vector_norm(gap, dim=1)
     return norm
-
-
-def check_module(name: str, module: object) -> None:
-    """Raise unless ``module`` is a module."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
