@@ -94,27 +94,34 @@ std::vector<double> checked_weights(const Tensor& lam) {
   return weights;
 }
 
+// Calls body(task) for all tasks; on all threads where there are more than `grain`.
+template <typename Body>
+void for_tasks(int64_t tasks, int64_t grain, const Body& body) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      body(task);
+    }
+  };
+  if (tasks <= grain) {
+    run(0, tasks);
+  } else {
+    torch::stable::parallel_for(0, tasks, grain, run);
+  }
+}
+
 // Calls body(row, first element, elements, number of the stretch in its row) for all stretches of
-// all rows, on all threads.
+// all rows.
 template <typename Body>
 void for_stretches(int64_t rows, int64_t elements, const Body& body) {
   const int64_t stretches = divide_up(elements, kStretch);
   if (rows * stretches == 0) {
     return;
   }
-  const int64_t grain = divide_up(kTaskElements, std::min(elements, kStretch));
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / stretches, stretch = task % stretches;
-      const int64_t first = stretch * kStretch;
-      body(row, first, std::min(kStretch, elements - first), stretch);
-    }
-  };
-  if (rows * stretches <= grain) {
-    run(0, rows * stretches);
-  } else {
-    torch::stable::parallel_for(0, rows * stretches, grain, run);
-  }
+  for_tasks(rows * stretches, divide_up(kTaskElements, std::min(elements, kStretch)),
+            [&](int64_t task) {
+              const int64_t stretch = task % stretches, first = stretch * kStretch;
+              body(task / stretches, first, std::min(kStretch, elements - first), stretch);
+            });
 }
 
 const char* bytes_of(const Tensor& tensor) {
@@ -287,19 +294,15 @@ class Boxes {
   int64_t sides_;
 };
 
-// Calls body(row, first byte of a block in its row) for all blocks of all rows, on all threads.
+// Calls body(row, first byte of a block in its row) for all blocks of all rows.
 template <typename Body>
 void for_blocks(int64_t rows, const BoxedRows& shape, const Body& body) {
   if (rows * shape.blocks * shape.block() == 0) {
     return;
   }
   constexpr int64_t kTaskBytes = 4 * kTaskElements;
-  torch::stable::parallel_for(0, rows * shape.blocks, divide_up(kTaskBytes, shape.block()),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t task = begin; task < end; ++task) {
-                                  body(task / shape.blocks, task % shape.blocks * shape.block());
-                                }
-                              });
+  for_tasks(rows * shape.blocks, divide_up(kTaskBytes, shape.block()),
+            [&](int64_t task) { body(task / shape.blocks, task % shape.blocks * shape.block()); });
 }
 
 Tensor paste_boxes(const Tensor& x, const Tensor& perm, const Tensor& box) {

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from regularizers.mixing.cutmix import cutmix
 from regularizers.mixing.mixup import MixUp, mixup
 from regularizers.ops import mix
-from tests.harness import MethodContract
+from tests.harness import GraphRecorder, MethodContract
 
 
 class Classifier(nn.Module):
@@ -93,6 +95,37 @@ def test_a_generator_reproduces_and_leaves_the_default_one_alone():
     first, second = (mixup(x, y, generator=torch.Generator().manual_seed(4)) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_generator_is_refused_where_a_second_pass_would_draw_again(fresh_dynamo):
+    x, y, generator = torch.randn(6, 3, requires_grad=True), torch.arange(6), torch.Generator()
+    call = lambda x: mixup(x, y, generator=generator).x
+    with pytest.raises(RuntimeError, match="generator"):
+        checkpoint(call, x, use_reentrant=False)
+    with pytest.raises(Exception, match="generator"):
+        torch.compile(call, fullgraph=True, backend="eager")(x)
+    with pytest.raises(TypeError, match="generator"):
+        mixup(x, y, generator=3)
+
+
+def test_checkpointing_mixes_the_same_way_twice():
+    x, y = torch.randn(6, 3, requires_grad=True), torch.arange(6)
+    call = lambda x: mixup(x, y, per_sample=True).x.square()
+    torch.manual_seed(0)
+    (expected,) = torch.autograd.grad(call(x).sum(), x)
+    torch.manual_seed(0)
+    (found,) = torch.autograd.grad(checkpoint(call, x, use_reentrant=False).sum(), x)
+    assert torch.equal(found, expected)
+
+
+def test_batch_sizes_share_one_dynamic_graph(fresh_dynamo):
+    for sampler in (mixup, cutmix):
+        graphs = GraphRecorder()
+        compiled = torch.compile(sampler, fullgraph=True, dynamic=True, backend=graphs)
+        for size in (8, 5, 7):
+            assert compiled(torch.randn(size, 3, 9, 10), torch.arange(size)).x.shape[0] == size
+        assert len(graphs) == 1
+        torch._dynamo.reset()
 
 
 def test_evaluation_returns_the_input_itself():

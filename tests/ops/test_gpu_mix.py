@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from regularizers.mixing import cutmix
 from regularizers.ops import mix, paste_boxes
 from tests.harness import DTYPES, TOLERANCES, forward_and_gradients
 
@@ -44,3 +45,16 @@ def test_a_row_of_more_blocks_than_a_short_axis_of_the_grid_has():
     assert torch.equal(mix(x, perm, 0.0), x[perm])
     box = torch.tensor([[0, x.shape[1]], [0, 64]], device="cuda")
     assert torch.equal(paste_boxes(x, perm, box), x[perm])
+
+
+def test_one_state_of_a_generator_gives_the_batch_of_the_cpu():
+    x, y = torch.randn(16, 3, 20, 24), torch.arange(16)
+    for options in ({}, {"per_sample": True}, {"prob": 0.5}):
+        found, expected = (
+            cutmix(
+                x.to(device), y.to(device), generator=torch.Generator().manual_seed(3), **options
+            )
+            for device in ("cuda", "cpu")
+        )
+        for have, want in zip(found, expected, strict=True):
+            assert torch.equal(have.cpu(), want)

@@ -190,6 +190,18 @@ def test_a_product_for_the_weight_alone_needs_no_gradient_of_the_inputs():
     torch.testing.assert_close(lam.grad, ((x - x[CYCLE]) * grad).sum(1))
 
 
+def test_inputs_are_kept_for_the_gradient_of_the_weight_alone():
+    def saved(lam):
+        found = []
+        pack = lambda tensor: found.append(tensor.numel()) or tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            mix(_randn(3, 40).requires_grad_(), CYCLE, lam)
+        return max(found)
+
+    assert saved(0.3) == 3
+    assert saved(_weights(3).requires_grad_()) == 120
+
+
 def test_an_infinite_gradient_stays_infinite_in_a_row_without_partner():
     x = _randn(3, 2).requires_grad_()
     mix(x, torch.tensor([2]), 0.5).backward(torch.tensor([[float("inf"), 1.0]]).double())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NUMBERS = (int, float, torch.SymFloat, torch.SymInt)  # symbolic ones inside torch.compile
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -60,6 +60,12 @@ def check_tensor(name: str, value: object) -> None:
     """Raise unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_module(name: str, value: object) -> None:
+    """Raise unless ``value`` is a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

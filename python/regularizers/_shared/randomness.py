@@ -52,19 +52,26 @@ def draw_seed(seed: int | Tensor | None, generator: torch.Generator | None, like
 
 
 def _check_generator(generator: torch.Generator, like: Tensor) -> None:
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    check_caller_draws(generator)
     if generator.device.type != like.device.type:
         raise ValueError(
             f"generator must be on the device of x ({like.device}), got {generator.device}"
         )
+
+
+def check_caller_draws(generator: torch.Generator) -> None:
+    """Raise unless ``generator`` is one, and is used where every draw happens once."""
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
     if torch.compiler.is_compiling():
-        raise RuntimeError("generator must not be given inside torch.compile; give seed instead")
+        raise RuntimeError(
+            "generator must not be given inside torch.compile; give a seed or nothing instead"
+        )
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
             raise RuntimeError(
                 "generator must not be given inside torch.utils.checkpoint, whose second forward "
-                "pass would draw other masks from it; give seed instead"
+                "pass would draw other masks from it; give a seed or nothing instead"
             )

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from regularizers._shared.checks import (
     check_at_least,
     check_floating,
+    check_module,
     check_one_of,
     check_positive,
     check_same_device,
@@ -21,9 +22,10 @@ from regularizers._shared.checks import (
 )
 from regularizers.mixing.functional import (
     check_labelled_batch,
-    drawing_device,
+    drawing,
     mix,
     mixed_cross_entropy,
+    moved,
 )
 
 GateNoise = Literal["truncated_normal", "none"]
@@ -125,7 +127,8 @@ def sample_policy(
     Args:
         start: a, ``[B]``.
         width: b, ``[B]``, with a, b >= 0 and a + b <= 1.
-        generator: a generator on any device; None: PyTorch's default generator of the CPU.
+        generator: a generator on any device, as for :func:`sample_lambda`; None: PyTorch's default
+            generator of the CPU.
 
     Returns:
         ``[B]``, in [0, 1]; every pair has a draw of its own.
@@ -147,8 +150,9 @@ def sample_policy(
     check_shape("start", start, (None,), "[pairs]")
     if width.shape != start.shape:
         raise ValueError(f"width must have the shape of start, got {list(width.shape)}")
-    u = torch.rand(start.shape, generator=generator, device=drawing_device(generator))
-    return (start + width * u.to(start)).clamp(max=1)  # a + b may round to more than 1
+    u = torch.rand(start.shape, **drawing(generator))
+    u = moved(u.to(start.dtype), start.device)
+    return (start + width * u).clamp(max=1)  # a + b may round to more than 1
 
 
 class AdaMixUpOutput(NamedTuple):
@@ -401,9 +405,3 @@ def local_linearity_gap(
     gap = (at_mix - mix(at_ends, partners, lam)).reshape(count, -1)
     norm: Tensor = torch.linalg.vector_norm(gap, dim=1)
     return norm
-
-
-def check_module(name: str, module: object) -> None:
-    """Raise unless ``module`` is a module."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")

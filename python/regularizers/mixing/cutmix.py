@@ -20,8 +20,9 @@ from regularizers.mixing.functional import (
     MixBatch,
     check_labelled_batch,
     draw_partners,
-    drawing_device,
+    drawing,
     label_weight_dtype,
+    moved,
     sample_lambda,
     unmixed,
 )
@@ -48,7 +49,8 @@ def random_box(
         size: the sides S_1, ..., S_d, 1 to 3 of them: ``(height, width)`` of images.
         lam: part that stays outside, in [0, 1]: a number or a tensor ``[*]``.
         centre: the places m ``[*, d]``, int64; drawn if None.
-        generator: a generator on any device; None: PyTorch's default generator of the CPU.
+        generator: a generator on any device, as for :func:`sample_lambda`; None: PyTorch's default
+            generator of the CPU.
 
     Returns:
         ``[*, d, 2]``, int64: on each side the first place inside and the first one behind.
@@ -77,7 +79,7 @@ def random_box(
     for value in known_range(lam) or ():
         check_probability("lam", value)
     if centre is None:
-        centre = _random_centre(size, tuple(lam.shape), generator).to(lam.device)
+        centre = moved(_random_centre(size, tuple(lam.shape), generator), lam.device)
     else:
         check_tensor("centre", centre)
         check_shape("centre", centre, (*lam.shape, len(size)), "[*, sides], * of lam")
@@ -91,10 +93,7 @@ def random_box(
 def _random_centre(
     size: Sequence[int], shape: tuple[int, ...], generator: torch.Generator | None
 ) -> Tensor:
-    place = drawing_device(generator)
-    return torch.stack(
-        [torch.randint(side, shape, generator=generator, device=place) for side in size], -1
-    )
+    return torch.stack([torch.randint(side, shape, **drawing(generator)) for side in size], -1)
 
 
 def cutmix(
@@ -181,10 +180,10 @@ def cutmix(
     if not per_sample:
         box, lam = box[0], lam[0]
     return MixBatch(
-        paste_boxes(x, partners, box.to(x.device)),
+        paste_boxes(x, partners, moved(box, x.device)),
         target,
         target[partners],
-        lam.to(x.device, label_weight_dtype(x)),
+        moved(lam.to(label_weight_dtype(x)), x.device),
         partners,
     )
 

@@ -21,6 +21,7 @@ from regularizers._shared.checks import (
     check_shape,
     check_tensor,
 )
+from regularizers._shared.randomness import check_caller_draws
 from regularizers.ops._operator import accumulate_dtype, loss_dtype
 from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.ops.mix import mix, row_weights
@@ -103,7 +104,8 @@ def sample_lambda(
         n: number of weights.
         alpha: first parameter, at least 0; 0 stands for no mixing and gives ones.
         beta: second parameter, above 0; None: ``alpha``.
-        generator: a generator on any device; None: PyTorch's default generator of the CPU.
+        generator: a generator on any device, not inside ``torch.compile`` or activation
+            checkpointing; None: PyTorch's default generator of the CPU.
         device: where the weights go.
         dtype: their type; None: PyTorch's default.
         fold: replace :math:`\lambda` by :math:`\max(\lambda, 1 - \lambda)`, so that the first of
@@ -138,11 +140,12 @@ def sample_lambda(
         lam = torch.maximum(lam, 1 - lam)
     if minimum is not None:
         lam = lam.clamp(min=minimum)
-    return lam.to(device=device, dtype=dtype or torch.get_default_dtype())
+    lam = lam.to(dtype or torch.get_default_dtype())
+    return lam if device is None else moved(lam, torch.device(device))
 
 
 def _draw_beta(n: int, alpha: float, beta: float, generator: torch.Generator | None) -> Tensor:
-    place = drawing_device(generator)
+    place = drawing(generator)["device"]
     if alpha == 0:
         return torch.ones(n, dtype=torch.float64, device=place)
     first, second = (
@@ -155,9 +158,22 @@ def _draw_beta(n: int, alpha: float, beta: float, generator: torch.Generator | N
     return torch.where(total > 0, first / total, 0.5)  # both may underflow where both are small
 
 
-def drawing_device(generator: torch.Generator | None) -> torch.device:
-    """Return where random numbers are drawn: on the CPU, unless a generator lives elsewhere."""
-    return torch.device("cpu") if generator is None else generator.device
+def drawing(generator: torch.Generator | None) -> dict[str, Any]:
+    """Return the arguments of a draw: on the CPU, unless a generator lives elsewhere.
+
+    No generator is left out, not passed on as None: torch.compile would then take the sizes of the
+    draw for constants.
+    """
+    if generator is None:
+        return {"device": torch.device("cpu")}
+    check_caller_draws(generator)
+    return {"device": generator.device, "generator": generator}
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return what was drawn on another device, without waiting for the work queued there."""
+    # Only towards a GPU: the other way, the host would read before the copy has come.
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
 def label_weight_dtype(x: Tensor) -> torch.dtype:
@@ -178,10 +194,10 @@ def draw_partners(
     same for every ``prob``. At probability 1 - ``prob`` the weights are 1 and the permutation is
     the identity.
     """
-    place, batch = drawing_device(generator), x.shape[0]
+    batch = x.shape[0]
     lam = draw_weights()
     if perm is None:
-        partners = torch.randperm(batch, generator=generator, device=place).to(x.device)
+        partners = moved(torch.randperm(batch, **drawing(generator)), x.device)
     else:
         check_tensor("perm", perm)
         if perm.dtype != torch.int64:
@@ -190,10 +206,10 @@ def draw_partners(
         check_same_device("perm", perm, "x", x)
         partners = perm
     if prob < 1:
-        hit = torch.rand((), generator=generator, device=place) < prob
+        hit = torch.rand((), **drawing(generator)) < prob
         lam = torch.where(hit, lam, 1.0)
         identity = torch.arange(batch, device=x.device)
-        partners = torch.where(hit.to(x.device), partners, identity)
+        partners = torch.where(moved(hit, x.device), partners, identity)
     return lam, partners
 
 

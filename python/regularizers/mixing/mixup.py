@@ -12,6 +12,7 @@ from regularizers.mixing.functional import (
     draw_partners,
     label_weight_dtype,
     mix,
+    moved,
     sample_lambda,
     unmixed,
 )
@@ -81,7 +82,7 @@ def mixup(
         prob,
         generator,
     )
-    weight = (lam if per_sample else lam[0]).to(x.device, label_weight_dtype(x))
+    weight = moved((lam if per_sample else lam[0]).to(label_weight_dtype(x)), x.device)
     return MixBatch(mix(x, partners, weight), target, target[partners], weight, partners)
 
 

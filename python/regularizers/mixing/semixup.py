@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from regularizers._shared.checks import (
     check_floating,
+    check_module,
     check_not_negative,
     check_one_of,
     check_positive,
@@ -229,8 +230,7 @@ class Semixup(nn.Module):
         separate_passes: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module("model", model)
         if not callable(augment):
             raise TypeError(f"augment must be callable, got {type(augment).__name__}")
         check_positive("alpha", alpha)

@@ -293,14 +293,19 @@ def _mix_backward_fake(
 
 
 def _mix_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    x, perm, lam = inputs
+    # Only the derivative in lam reads x. For the other, a gradient of x's shape tells as much.
+    keeps_x = ctx.needs_input_grad[2] or perm.shape[0] != x.shape[0]
+    ctx.save_for_backward(x if keeps_x else None, perm, lam)
+    ctx.layout = _layout(x)
 
 
 def _mix_rule(backend: str | None, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, perm, lam = ctx.saved_tensors
     want_x, _, want_lam = ctx.needs_input_grad
+    grad = grad.contiguous(memory_format=ctx.layout)
     grad_x, grad_lam = MIX_BACKWARD.kernel(backend)(
-        grad.contiguous(memory_format=_layout(x)), x, perm, lam, want_x, want_lam
+        grad, grad.detach() if x is None else x, perm, lam, want_x, want_lam
     )
     return grad_x if want_x else None, None, grad_lam if want_lam else None
 
