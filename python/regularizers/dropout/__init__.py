@@ -1,13 +1,12 @@
 """Methods that remove, truncate or perturb part of a network's computation while it trains."""
 
 from regularizers.dropout.feature_subset import sample_feature_masks
-from regularizers.dropout.modality import (
+from regularizers.dropout.modality import ModalityMAE, modality_dropout
+from regularizers.dropout.modality_fusion import (
     ConcatFusion,
-    ModalityMAE,
     SumFusion,
     TransformerFusion,
     evaluate_modality_subsets,
-    modality_dropout,
 )
 from regularizers.dropout.multi_sample import (
     MultiSampleDropout,
