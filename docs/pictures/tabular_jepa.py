@@ -48,7 +48,8 @@ def train(num_reg_tokens: int, seed: int) -> list[float]:
     variances = []
     for step in range(STEPS):
         if step % EVERY == 0:
-            metrics = collapse_metrics(model.encode(x), seed=0)
+            with torch.no_grad():
+                metrics = collapse_metrics(model.encode(x), seed=0)
             variances.append(metrics["intra_feature_variance"].item())
         loss = model(x[torch.randint(len(x), (64,))], seed=step).loss
         optimizer.zero_grad()

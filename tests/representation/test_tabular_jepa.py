@@ -230,6 +230,12 @@ def test_encoding_gives_a_token_for_every_feature():
     assert model.encode(_rows()).shape == (6, 10, 8)
 
 
+def test_encoding_can_be_fine_tuned():
+    model = _model()
+    model.encode(_rows()).square().sum().backward()
+    assert model.tokenizer.weight.grad.abs().sum() > 0
+
+
 def test_momentum_rises_linearly():
     model = _model(momentum=(0.5, 1.0))
     with torch.no_grad():

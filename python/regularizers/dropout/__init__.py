@@ -36,6 +36,12 @@ from regularizers.dropout.modality import (
     evaluate_modality_subsets,
     modality_dropout,
 )
+from regularizers.dropout.modality_fusion import (
+    ConcatFusion,
+    SumFusion,
+    TransformerFusion,
+    evaluate_modality_subsets,
+)
 from regularizers.dropout.multi_sample import (
     MultiSampleDropout,
     MultiSampleDropoutCrossEntropy,
@@ -130,6 +136,7 @@ __all__ = [
     "BetaNoisePolicy",
     "CoTeachingStep",
     "ConcatFusion",
+    "ConcatFusion",
     "DepthSchedule",
     "DropBlock2d",
     "DropoutSchedule",
@@ -159,7 +166,9 @@ __all__ = [
     "StochasticLayerShuffle",
     "SubsampledSelfAttention",
     "SumFusion",
+    "SumFusion",
     "TimeSchedule",
+    "TransformerFusion",
     "TransformerFusion",
     "apply_layer_shuffle",
     "apply_noise_mask",
@@ -174,6 +183,7 @@ __all__ = [
     "drop_block2d",
     "drop_path",
     "drop_path_compact",
+    "evaluate_modality_subsets",
     "evaluate_modality_subsets",
     "expected_prefix_cross_entropy",
     "freeze_for_decoder_finetune",

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regularizers._shared.checks import check_at_least, check_floating, check_same_dtype
+from regularizers._shared.checks import (
+    check_at_least,
+    check_floating,
+    check_same_dtype,
+    known_range,
+)
 from regularizers._shared.transformer import sinusoidal_positions
 
 
@@ -197,7 +202,7 @@ class FeatureTokenizer(nn.Module):
                     f"categorical must have the {len(numerical)} rows of numerical, "
                     f"got {len(categorical)}"
                 )
-            if categorical.device.type == "cpu" and not torch.compiler.is_compiling():
+            if known_range(categorical) is not None:
                 bad = ((categorical < 0) | (categorical >= self.sizes)).any(0)
                 if bad.any():
                     feature = int(bad.int().argmax())

@@ -10,11 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from regularizers._shared.checks import (
-    check_at_least,
-    check_floating,
-    check_probability,
-)
+from regularizers._shared.checks import check_at_least, check_floating, check_probability
 from regularizers._shared.transformer import Transformer, sinusoidal_positions
 from regularizers.dropout.feature_subset import sample_feature_masks
 from regularizers.ops._operator import loss_dtype
@@ -293,9 +289,8 @@ class TabularJEPA(nn.Module):
         self.predictor = predictor
         self.target_tokenizer = copy.deepcopy(tokenizer).requires_grad_(False)
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.sample_masks(
-            1, seed=0, device="cpu"
-        )  # raises on shares that do not fit the number of features
+        # Raises now where the shares do not fit the number of features.
+        self.sample_masks(1, seed=0, device="cpu")
         self.train()
 
     def train(self, mode: bool = True) -> TabularJEPA:
@@ -377,7 +372,6 @@ class TabularJEPA(nn.Module):
             )
         return mask if self.match_reference else mask + self.tokenizer.num_reg_tokens
 
-    @torch.no_grad()
     def encode(
         self,
         numerical: Tensor | None = None,
@@ -386,6 +380,9 @@ class TabularJEPA(nn.Module):
         target: bool = False,
     ) -> Tensor:
         """Return a representation ``[B, D, E]`` of whole rows, regularization tokens taken off.
+
+        Differentiable, for fine-tuning; call it under ``torch.no_grad()`` and in ``eval()`` for
+        features alone.
 
         Args:
             numerical: as the tokenizer takes them.
