@@ -103,14 +103,14 @@ def _unbiased(
         "dense": lambda: F.scaled_dot_product_attention(q, k, v),
         "gather": lambda: _gather(q, k, v, keys),
     }
+    # Two products forward, five in the backward pass.
+    operations = (14 if backward else 4) * q.numel() * n
     floors: dict[str, Call] = {}
     if masked:
         floors["as many operations in large products"] = _products(operations, device)
         mask = torch.zeros(2, tokens, dtype=torch.bool, device=device).scatter(1, keys, True)
         mask = mask[:, None, None].expand(2, 1, tokens, tokens)
         peers["boolean mask"] = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # Two products forward, five in the backward pass.
-    operations = (14 if backward else 4) * q.numel() * n
     return Case(
         f"attention to n = {n} of {tokens} keys{', forward and backward' if backward else ''}",
         ours=_timed(lambda: gathered_attention(q, k, v, keys), leaves, backward),
