@@ -23,7 +23,7 @@ TOKENS = 2048
 def cases(device: str, quick: bool) -> list[Case]:
     """List the cases; ``quick`` leaves out most ratios."""
     tokens = TOKENS if device == "cpu" else 4 * TOKENS
-    parts = (4,) if quick else (1, 2, 4, 8, 16)
+    parts = (4,) if quick else (4, 16)
     found = []
     for part in parts:
         # n / N of the time, and a quarter of it for what does not shrink: queries and results.
@@ -44,7 +44,6 @@ def scaling(device: str, quick: bool) -> list[ScalingCurve]:
     tokens = TOKENS // 4 if quick else TOKENS
     counts = tuple(tokens // part for part in (16, 8, 4, 2, 1))
     kinds: dict[str, tuple[str, Callable[[int], Case]]] = {
-        "forward": ("forward", lambda n: _unbiased(tokens, n, device, False, masked=False)),
         "training": (
             "forward and backward",
             lambda n: _unbiased(tokens, n, device, True, masked=False),
@@ -104,31 +103,33 @@ def _unbiased(
         "dense": lambda: F.scaled_dot_product_attention(q, k, v),
         "gather": lambda: _gather(q, k, v, keys),
     }
+    # Two products forward, five in the backward pass.
+    operations = (14 if backward else 4) * q.numel() * n
+    floors: dict[str, Call] = {}
     if masked:
+        floors["as many operations in large products"] = _products(operations, device)
         mask = torch.zeros(2, tokens, dtype=torch.bool, device=device).scatter(1, keys, True)
         mask = mask[:, None, None].expand(2, 1, tokens, tokens)
         peers["boolean mask"] = lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    products = 14 if backward else 4  # two products forward, five in the backward pass
     return Case(
         f"attention to n = {n} of {tokens} keys{', forward and backward' if backward else ''}",
         ours=_timed(lambda: gathered_attention(q, k, v, keys), leaves, backward),
         peers={name: _timed(peer, leaves, backward) for name, peer in peers.items()},
-        floors={"the products alone": _products(tokens, n, device, products // 2)},
+        floors=floors,
         goals=goals or (),
-        flops=products * q.numel() * n,
+        flops=operations,
     )
 
 
-def _products(tokens: int, n: int, device: str, count: int) -> Call:
-    """Multiply what a pass multiplies, in pieces whose results stay in cache."""
-    rows, columns = min(tokens, 512), min(n, 512)
-    left = torch.randn(rows, 64, device=device)
-    right = torch.randn(64, columns, device=device)
-    out = torch.empty(rows, columns, device=device)
-    pieces = 16 * (tokens // rows) * (n // columns) * count
+def _products(operations: int, device: str) -> Call:
+    """Do as many operations in products of a size that libraries do best."""
+    size = 512
+    left, right = torch.randn(2, size, size, device=device)
+    out = torch.empty(size, size, device=device)
+    count = max(1, round(operations / (2 * size**3)))
 
     def call() -> None:
-        for _ in range(pieces):
+        for _ in range(count):
             torch.mm(left, right, out=out)
 
     return call
