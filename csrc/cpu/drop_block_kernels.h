@@ -101,7 +101,7 @@ static void drop_block_apply(const void* from_, void* to_, const uint8_t* keep, 
   constexpr int kWidth = kLanes<A>;
   int64_t j = 0;
   for (; j + kWidth <= elements; j += kWidth) {
-    store_narrow(to + j, keep_lanes<A>(keep + j, load_wide(from + j) * scale), kWidth);
+    store_whole(to + j, keep_lanes<A>(keep + j, load_wide(from + j) * scale));
   }
   for (; j < elements; ++j) {
     to[j] = narrow<T>(keep[j] != 0 ? widen(from[j]) * scale : A(0));

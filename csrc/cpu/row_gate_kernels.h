@@ -22,16 +22,24 @@ static void row_gate(const void* x_, const void* residual_, void* to_, int64_t e
     } else {
       std::memcpy(to, residual, bytes);
     }
-  } else if (residual == nullptr) {
-#pragma omp simd
-    for (int64_t j = 0; j < elements; ++j) {
+    return;
+  }
+  constexpr int kWidth = kLanes<A>;
+  int64_t j = 0;
+  if (residual == nullptr) {
+    for (; j + kWidth <= elements; j += kWidth) {
+      store_whole(to + j, load_wide(x + j) * factor);
+    }
+    for (; j < elements; ++j) {
       to[j] = narrow<T>(factor * widen(x[j]));
     }
-  } else {
-#pragma omp simd
-    for (int64_t j = 0; j < elements; ++j) {
-      to[j] = narrow<T>(widen(residual[j]) + factor * widen(x[j]));
-    }
+    return;
+  }
+  for (; j + kWidth <= elements; j += kWidth) {
+    store_whole(to + j, load_wide(residual + j) + load_wide(x + j) * factor);
+  }
+  for (; j < elements; ++j) {
+    to[j] = narrow<T>(widen(residual[j]) + factor * widen(x[j]));
   }
 }
 

@@ -223,6 +223,34 @@ static inline void store_narrow(T* to, Vector<Accumulate<T>> value, int64_t coun
   }
 }
 
+// Stores all lanes, rounded to the storage type.
+static inline void store_whole(float* to, Vector<float> value) { store(to, value); }
+static inline void store_whole(double* to, Vector<double> value) { store(to, value); }
+static inline void store_whole(bfloat16* to, Vector<float> value) {
+#if defined(__AVX512F__)
+  const __m512i bits = (__m512i)value;
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q);
+  const __m512i high =
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7FC0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
+#else
+  store_narrow(to, value, kLanes<float>);
+#endif
+}
+static inline void store_whole(float16* to, Vector<float> value) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  store_narrow(to, value, kLanes<float>);
+#endif
+}
+
 // exp by x = n ln 2 + r, |r| <= ln(2) / 2, and a Taylor polynomial in r: the truncation error at
 // degree 7 is below 6e-9 (float), at degree 13 below 4e-17 (double). inf, -inf, NaN and the flush
 // to zero below the smallest normal number come out right. libm's own vector exp is reached by GCC
