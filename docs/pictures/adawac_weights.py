@@ -1,7 +1,8 @@
 """Draw docs/pictures/adawac_weights.png: weights of label-dense and label-sparse samples.
 
-A small network segments scikit-learn's digits, noise added. Half of the training images have all
-their ink labelled, the other half one pixel; the weights of both halves over the epochs.
+A small network segments scikit-learn's digits, noise added. Half of the training images show the
+digit, the other half one pixel of it, as the outer slices of a scan do; the weights of both halves
+over the epochs.
 """
 
 from pathlib import Path
@@ -42,13 +43,13 @@ def train(weight_lr: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weights [epochs, samples] of the dense and of the sparse half."""
     torch.manual_seed(0)
     images = torch.tensor(load_digits().images[:SAMPLES], dtype=torch.float32)[:, None] / 16
-    labels = (images[:, 0] > 0.5).long()
-    brightest = F.one_hot(images.flatten(1).argmax(1), 64).view(-1, 8, 8)
+    brightest = F.one_hot(images.flatten(1).argmax(1), 64).view_as(images)
     dense = torch.arange(SAMPLES) % 2 == 0
-    labels = torch.where(dense[:, None, None], labels, brightest)
+    images = torch.where(dense[:, None, None, None], images, images * brightest)
+    labels = (images[:, 0] > 0.5).long()
     encoder = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU())
     decoder = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 2, 1))
-    criterion = AdaWAC(SAMPLES, weight_lr=weight_lr)
+    criterion = AdaWAC(SAMPLES, weight_lr=weight_lr, consistency_weight=8.0)
     parameters = [*encoder.parameters(), *decoder.parameters()]
     optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9)
     history = []
