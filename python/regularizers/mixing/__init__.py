@@ -10,14 +10,16 @@ from regularizers.mixing.compositional_adversary import (
     CATStep,
     CompositionalAdversary,
     GradientReversal,
-    bit_accuracy,
     cat_step,
-    detection_rate,
     straight_through_gumbel,
+)
+from regularizers.mixing.transforms import TransformFamily, default_families
+from regularizers.mixing.watermark import (
+    bit_accuracy,
+    detection_rate,
     watermark_capacity,
     watermark_step,
 )
-from regularizers.mixing.transforms import TransformFamily, default_families
 
 __all__ = [
     "AdaWAC",
