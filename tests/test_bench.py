@@ -288,7 +288,7 @@ def test_failure_of_ours_is_the_exit_status(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"family": "dropuot"}, "family must be one of dropout"),
+        ({"family": "dropuot"}, "family must be one of"),
         ({"family": "dropout", "device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
     ],
 )

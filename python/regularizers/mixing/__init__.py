@@ -9,8 +9,8 @@ from regularizers.mixing.adamixup import (
     sample_policy,
 )
 from regularizers.mixing.adawac import (
-    AdaptiveConsistencyWeights,
     AdaWAC,
+    AdaptiveConsistencyWeights,
     feature_consistency,
 )
 from regularizers.mixing.compositional_adversary import (
@@ -50,6 +50,12 @@ from regularizers.mixing.transforms import (
     TransformFamily,
     default_families,
 )
+from regularizers.mixing.watermark import (
+    bit_accuracy,
+    detection_rate,
+    watermark_capacity,
+    watermark_step,
+)
 
 __all__ = [
     "AdaMixUp",
@@ -69,9 +75,11 @@ __all__ = [
     "SemixupParts",
     "TransformFamily",
     "bit_accuracy",
+    "bit_accuracy",
     "cat_step",
     "cutmix",
     "default_families",
+    "detection_rate",
     "detection_rate",
     "feature_consistency",
     "local_linearity_gap",
@@ -85,5 +93,7 @@ __all__ = [
     "softmax_consistency",
     "straight_through_gumbel",
     "watermark_capacity",
+    "watermark_capacity",
+    "watermark_step",
     "watermark_step",
 ]
