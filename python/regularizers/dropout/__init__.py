@@ -29,11 +29,7 @@ from regularizers.dropout.masked_input import (
     masked_input_loss,
 )
 from regularizers.dropout.modality import (
-    ConcatFusion,
     ModalityMAE,
-    SumFusion,
-    TransformerFusion,
-    evaluate_modality_subsets,
     modality_dropout,
 )
 from regularizers.dropout.modality_fusion import (
@@ -136,7 +132,6 @@ __all__ = [
     "BetaNoisePolicy",
     "CoTeachingStep",
     "ConcatFusion",
-    "ConcatFusion",
     "DepthSchedule",
     "DropBlock2d",
     "DropoutSchedule",
@@ -166,9 +161,7 @@ __all__ = [
     "StochasticLayerShuffle",
     "SubsampledSelfAttention",
     "SumFusion",
-    "SumFusion",
     "TimeSchedule",
-    "TransformerFusion",
     "TransformerFusion",
     "apply_layer_shuffle",
     "apply_noise_mask",
@@ -183,7 +176,6 @@ __all__ = [
     "drop_block2d",
     "drop_path",
     "drop_path_compact",
-    "evaluate_modality_subsets",
     "evaluate_modality_subsets",
     "expected_prefix_cross_entropy",
     "freeze_for_decoder_finetune",

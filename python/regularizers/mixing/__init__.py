@@ -9,8 +9,8 @@ from regularizers.mixing.adamixup import (
     sample_policy,
 )
 from regularizers.mixing.adawac import (
-    AdaWAC,
     AdaptiveConsistencyWeights,
+    AdaWAC,
     feature_consistency,
 )
 from regularizers.mixing.compositional_adversary import (
@@ -18,12 +18,8 @@ from regularizers.mixing.compositional_adversary import (
     CATStep,
     CompositionalAdversary,
     GradientReversal,
-    bit_accuracy,
     cat_step,
-    detection_rate,
     straight_through_gumbel,
-    watermark_capacity,
-    watermark_step,
 )
 from regularizers.mixing.cutmix import (
     CutMix,
@@ -75,11 +71,9 @@ __all__ = [
     "SemixupParts",
     "TransformFamily",
     "bit_accuracy",
-    "bit_accuracy",
     "cat_step",
     "cutmix",
     "default_families",
-    "detection_rate",
     "detection_rate",
     "feature_consistency",
     "local_linearity_gap",
@@ -93,7 +87,5 @@ __all__ = [
     "softmax_consistency",
     "straight_through_gumbel",
     "watermark_capacity",
-    "watermark_capacity",
-    "watermark_step",
     "watermark_step",
 ]
