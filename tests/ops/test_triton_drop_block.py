@@ -54,7 +54,7 @@ def test_blocks_agree(dtype, shared):
     assert_agree(lambda t: call(t, gamma="exact", normalize="sample"), x.transpose(2, 3))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 20, 17), (1, 2, 3, 150), (5, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [(2, 1, 12, 11), (1, 2, 2, 90), (5, 1, 1, 1)])
 @pytest.mark.parametrize("block_size", [1, 3, 19])
 def test_tiles_and_halos_agree(shape, block_size):
     for p, shared in ((0.0, True), (0.2, False), (0.9, True)):
