@@ -117,6 +117,30 @@ static void gather_rows(const AttentionRows& rows, const int32_t* place, int64_t
   }
 }
 
+// A row times a factor, in panels: to[panel][lane], panels kAttentionRows rows apart.
+template <typename T>
+static inline void load_operand(const T* row, int64_t count, Accumulate<T> factor,
+                                Accumulate<T>* to) {
+  using A = Accumulate<T>;
+  for (int64_t d = 0; d < count; d += kPanelWidth<A>, to += kAttentionRows * kPanelWidth<A>) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kPanelVectors; ++v) {
+      const int64_t first = d + v * kLanes<A>;
+      store(to + v * kLanes<A>, load_wide(row + first, count - first) * factor);
+    }
+  }
+}
+
+template <typename T>
+static inline Accumulate<T> dot_product(const T* left, const T* right, int64_t count) {
+  using A = Accumulate<T>;
+  Vector<A> sum{};
+  for (int64_t d = 0; d < count; d += kLanes<A>) {
+    sum += load_wide(left + d, count - d) * load_wide(right + d, count - d);
+  }
+  return sum_lanes<A>(sum);
+}
+
 template <typename A>
 static void read_places(const Attention& problem, const AttentionScratch<A>& scratch) {
   for (int64_t c = 0; c < scratch.keys; ++c) {
@@ -240,13 +264,8 @@ static inline void add_product(const A* a, int64_t a_row, int64_t a_step, int64_
 template <typename T>
 static inline Accumulate<T> own_logit(const Attention& problem, int64_t i) {
   using A = Accumulate<T>;
-  const T *q = row_of<T>(problem.q, i), *k = row_of<T>(problem.k, i);
-  A sum = A(0);
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < problem.features; ++d) {
-    sum += widen(q[d]) * widen(k[d]);
-  }
-  sum *= static_cast<A>(problem.scale * kLog2OfE);
+  A sum = dot_product(row_of<T>(problem.q, i), row_of<T>(problem.k, i), problem.features) *
+          static_cast<A>(problem.scale * kLog2OfE);
   if (problem.bias.data != nullptr) {
     sum += static_cast<A>(kLog2OfE) * widen(row_of<T>(problem.bias, i)[i * problem.bias_column]);
   }
@@ -300,11 +319,8 @@ static void attention_forward(const Attention& problem, void* base, int64_t begi
     std::memset(scratch.result, 0, sizeof(A) * kAttentionRows * scratch.value_features);
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t i = block.query[r];
-      const T* q = row_of<T>(problem.q, i);
-      for (int64_t d = 0; d < problem.features; ++d) {
-        scratch.operand[d / kPanelWidth<A> * kPanelWidth<A> * kAttentionRows + r * kPanelWidth<A> +
-                        d % kPanelWidth<A>] = widen(q[d]) * unit;
-      }
+      load_operand(row_of<T>(problem.q, i), problem.features, unit,
+                   scratch.operand + r * kPanelWidth<A>);
       largest[r] = -static_cast<A>(__builtin_inf());
       sum[r] = A(0);
       if (problem.own != nullptr && problem.own[i]) {
@@ -356,11 +372,7 @@ static inline void own_gradient(const Attention& problem, int64_t i, Accumulate<
   const T *q = row_of<T>(problem.q, i), *k = row_of<T>(problem.k, i);
   const T *v = row_of<T>(problem.v, i), *grad = row_of<T>(problem.grad, i);
   const A weight = exp2(broadcast(own_logit<T>(problem, i) - lse))[0];
-  A dot = A(0);
-#pragma omp simd reduction(+ : dot)
-  for (int64_t d = 0; d < problem.value_features; ++d) {
-    dot += widen(grad[d]) * widen(v[d]);
-  }
+  const A dot = dot_product(grad, v, problem.value_features);
   const A slope = weight * (dot - delta);
   T *grad_key = row_of<T>(problem.grad_k, i), *grad_value = row_of<T>(problem.grad_v, i);
   for (int64_t d = 0; d < problem.features; ++d) {
@@ -398,23 +410,14 @@ static void attention_backward(const Attention& problem, void* base, int64_t beg
     const AttentionBlock block(problem, first,
                                first + kAttentionRows < end ? first + kAttentionRows : end);
     std::memset(scratch.result, 0, sizeof(A) * kAttentionRows * scratch.features);
-    std::memset(scratch.operand_by_feature, 0, sizeof(A) * kAttentionRows * scratch.features);
-    std::memset(scratch.grad_by_feature, 0, sizeof(A) * kAttentionRows * scratch.value_features);
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t i = block.query[r];
-      const T *q = row_of<T>(problem.q, i), *grad = row_of<T>(problem.grad, i);
-      const T* out = row_of<T>(problem.out, i);
-      const auto panel = [&](A* to, int64_t d) -> A& {
-        return to[d / kPanelWidth<A> * block_stride + r * kPanelWidth<A> + d % kPanelWidth<A>];
-      };
-      for (int64_t d = 0; d < problem.features; ++d) {
-        panel(scratch.operand_by_feature, d) = widen(q[d]) * unit;
-      }
-      delta[r] = A(0);
-      for (int64_t d = 0; d < problem.value_features; ++d) {
-        panel(scratch.grad_by_feature, d) = widen(grad[d]);
-        delta[r] += widen(grad[d]) * widen(out[d]);
-      }
+      const T* grad = row_of<T>(problem.grad, i);
+      load_operand(row_of<T>(problem.q, i), problem.features, unit,
+                   scratch.operand_by_feature + r * kPanelWidth<A>);
+      load_operand(grad, problem.value_features, A(1),
+                   scratch.grad_by_feature + r * kPanelWidth<A>);
+      delta[r] = dot_product(grad, row_of<T>(problem.out, i), problem.value_features);
       const A natural = static_cast<const A*>(problem.lse)[i];
       lse[r] = natural == -infinity ? infinity : natural * static_cast<A>(kLog2OfE);
       if (problem.own != nullptr && problem.own[i]) {

@@ -15,7 +15,7 @@ def _randn(*shape, dtype=torch.float64, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def _problem(dtype, *, batch=1, heads=2, queries=5, tokens=5, features=2, values=1):
+def _problem(dtype, *, batch=1, heads=1, queries=5, tokens=5, features=2, values=1):
     return (
         _randn(batch, heads, queries, features, dtype=dtype),
         _randn(batch, heads, tokens, features, dtype=dtype, seed=1),
@@ -47,7 +47,7 @@ class TestContract(OperatorContract):
         index, several = _index(1, 5, 3), _index(2, 5, 3)
         several[1, 2] = -1
 
-        def sample(name, index=index, bias=None, transposed=False, sizes=None, **options):
+        def sample(name, index=index, bias=None, sizes=None, transposed=False, **options):
             tensors = _problem(dtype, **(sizes or {}))
             if transposed:
                 tensors = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors)
@@ -60,16 +60,15 @@ class TestContract(OperatorContract):
 
         own = _outside(index, 5)
         own[0, own[0].nonzero()[0]] = False  # neither listed nor its own
-        two = {"batch": 2, "heads": 1}
+        two, heads = {"batch": 2}, {"heads": 2}
         return [
             sample("one list a sample", several, sizes=two),
             sample("cross", sizes={"queries": 4}, scale=0.3),
-            sample("causal", is_causal=True),
             sample("causal with the own key", is_causal=True, own=own, transposed=True),
-            sample("bias of all heads", bias=_randn(1, 1, 5, 5, seed=4), own=own),
+            sample("bias of all heads", bias=_randn(1, 1, 5, 5, seed=4), own=own, sizes=heads),
             sample("bias of a sample", several, _randn(2, 1, 5, 5, seed=4), sizes=two),
             sample("windows", index=WINDOWS, query_index=WINDOWS, is_causal=True),
-            sample("windows, bias", WINDOWS, _randn(1, 2, 5, 5, seed=4), query_index=WINDOWS),
+            sample("windows, bias", WINDOWS, _randn(1, 2, 5, 5), heads, query_index=WINDOWS),
             sample("one of all", index[:, :1], sizes={"features": 1}),
         ]
 
@@ -84,24 +83,21 @@ class TestContract(OperatorContract):
         ]
 
     def operator_calls(self):
-        tensors = [t.requires_grad_() for t in _problem(torch.float64)]
+        tensors = [t.requires_grad_() for t in _problem(torch.float64, heads=2)]
         bias = _randn(1, 2, 5, 5).requires_grad_()
         index = _index(1, 5, 3).unsqueeze(1)
-        own = _outside(index[:, 0], 5)
+        lists = (bias, index, None, _outside(index[:, 0], 5))
+        with torch.no_grad():
+            results = ATTENTION.kernel(None)(*tensors, *lists, True, None)
         grad = _randn(1, 2, 5, 1).requires_grad_()
-        calls = []
-        for lists in ((bias, index, None, own), (None, WINDOWS, WINDOWS, None)):
-            with torch.no_grad():
-                results = ATTENTION.kernel(None)(*tensors, *lists, True, None)
-            calls.append((ATTENTION, (*tensors, *lists, True, None)))
-            wants_bias = lists[0] is not None
-            backward = (grad, *tensors, *lists, *results, True, None, wants_bias)
-            calls.append((ATTENTION_BACKWARD, backward))
-        calls.append((SAMPLE_WORDS, (torch.tensor(3), 2, 5, 1)))
-        return calls
+        return [
+            (ATTENTION, (*tensors, None, WINDOWS, WINDOWS, None, True, 0.3)),
+            (ATTENTION_BACKWARD, (grad, *tensors, *lists, *results, True, None, True)),
+            (SAMPLE_WORDS, (torch.tensor(3), 2, 5, 1)),
+        ]
 
     def bad_inputs(self):
-        q, k, v = _problem(torch.float32, batch=2)
+        q, k, v = _problem(torch.float32, batch=2, heads=2)
         index = _index(2, 5, 3)
         own = _outside(index, 5)
         bias = torch.zeros(1, 1, 5, 5)
@@ -168,7 +164,7 @@ def test_it_is_dense_attention_to_the_listed_keys():
 
 
 def test_it_is_dense_attention_with_the_other_keys_hidden():
-    q, k, v = _problem(torch.float64, batch=2, queries=40, tokens=40)
+    q, k, v = _problem(torch.float64, batch=2, heads=2, queries=40, tokens=40)
     index = _index(2, 40, 12)
     own = _outside(index, 40)
     hidden = torch.ones(2, 40, 40, dtype=torch.bool)
@@ -188,7 +184,7 @@ def test_nothing_of_an_unlisted_key_is_read():
 
 
 def test_gradients_of_unlisted_keys_are_exactly_zero():
-    leaves = [tensor.requires_grad_() for tensor in _problem(torch.float32)]
+    leaves = [tensor.requires_grad_() for tensor in _problem(torch.float32, heads=2)]
     index = torch.tensor([[0, 2, 4]])
     gathered_attention(*leaves, index).sum().backward()
     for leaf in leaves[1:]:
