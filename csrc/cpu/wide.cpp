@@ -1,4 +1,5 @@
 // All vectorised kernels, compiled once for each instruction set with REGULARIZERS_ISA naming it.
+#include "decay_kernels.h"
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
@@ -38,6 +39,8 @@ const Kernels& kernels() {
       {sketch_kernels<float>(), sketch_kernels<double>()},
       {sparse_ot_kernels<float>(), sparse_ot_kernels<double>(), sparse_ot_kernels<bfloat16>(),
        sparse_ot_kernels<float16>()},
+      {decay_kernels<float>(), decay_kernels<double>(), decay_kernels<bfloat16>(),
+       decay_kernels<float16>()},
   };
   return table;
 }
