@@ -1,6 +1,7 @@
 """The fused operators: functions of tensors and a seed, with kernels and a plain reference."""
 
 from regularizers.ops import transport_potentials as _transport_potentials  # noqa: F401 (registers)
+from regularizers.ops.decay import decay_amount, decoupled_adam_, stochastic_round
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
@@ -19,6 +20,8 @@ from regularizers.ops.transport_apply import transport_apply
 __all__ = [
     "SinkhornOutput",
     "TransportDual",
+    "decay_amount",
+    "decoupled_adam_",
     "dropout_mask",
     "dropout_samples",
     "multi_sample_dropout_cross_entropy",
@@ -32,6 +35,7 @@ __all__ = [
     "sliced_quantile",
     "sparse_projection",
     "sparse_regularized_plan",
+    "stochastic_round",
     "transport_apply",
     "transport_dual",
     "transport_plan",

@@ -77,8 +77,8 @@ def decoupled_adam_(
         prox: the proximal step instead of the gradient step.
         decay_first: decay the value before the step, as ``torch.optim.AdamW``; else that after it.
         deltas: float64 ``[n]``, the thresholds of ``"huber"``.
-        sums: float64 ``[n]``; written: the sum of ``|param|`` after the step, before rounding. Added
-            up in a fixed order, the same bits for every number of threads.
+        sums: float64 ``[n]``; written: the sum of ``|param|`` after the step, before
+            rounding, added up in a fixed order: the same bits for every number of threads.
         max_exp_avg_sqs: largest second moments so far (amsgrad); written. None: ``()``.
         masters: parameters in the dtype of the moments; written, and rounded to ``params``.
         references: what the decay pulls towards, in the dtype of ``params``; 0 when omitted.
