@@ -19,11 +19,27 @@ static inline Vector<A> absolute(Vector<A> x) {
   }
 }
 
-// NaN stays NaN.
-template <typename A>
-static inline Vector<A> clip(Vector<A> x, Vector<A> bound) {
+// NaN stays NaN: of these intrinsics the second operand is returned where one is NaN.
+static inline Vector<float> clip(Vector<float> x, Vector<float> bound) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_min_ps((__m512)bound, _mm512_max_ps((__m512)-bound, (__m512)x));
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_min_ps((__m256)bound, _mm256_max_ps((__m256)-bound, (__m256)x));
+#else
   x = x < -bound ? -bound : x;
   return x > bound ? bound : x;
+#endif
+}
+
+static inline Vector<double> clip(Vector<double> x, Vector<double> bound) {
+#if defined(__AVX512F__)
+  return (Vector<double>)_mm512_min_pd((__m512d)bound, _mm512_max_pd((__m512d)-bound, (__m512d)x));
+#elif defined(__AVX2__)
+  return (Vector<double>)_mm256_min_pd((__m256d)bound, _mm256_max_pd((__m256d)-bound, (__m256d)x));
+#else
+  x = x < -bound ? -bound : x;
+  return x > bound ? bound : x;
+#endif
 }
 
 // bfloat16 with probability proportional to nearness: random bits are added below the last one that
@@ -80,71 +96,105 @@ static inline Vector<A> first_lanes(Vector<A> value, int64_t count) {
   return value;
 }
 
-template <typename T>
-static double adam_step(const AdamTensor& tensor, int64_t begin, int64_t end) {
+// The scalars of a step, in every lane.
+template <typename A>
+struct AdamLanes {
+  Vector<A> grad_factor, beta1, rest1, beta2, rest2, eps, step_size, inverse_root, slope, bound;
+
+  explicit inline AdamLanes(const AdamTensor& tensor)
+      : grad_factor(broadcast(static_cast<A>(tensor.grad_factor))),
+        beta1(broadcast(static_cast<A>(tensor.beta1))),
+        rest1(broadcast(static_cast<A>(1.0 - tensor.beta1))),
+        beta2(broadcast(static_cast<A>(tensor.beta2))),
+        rest2(broadcast(static_cast<A>(1.0 - tensor.beta2))),
+        eps(broadcast(static_cast<A>(tensor.eps))),
+        step_size(broadcast(static_cast<A>(tensor.step_size))),
+        inverse_root(broadcast(static_cast<A>(tensor.inverse_root))),
+        slope(broadcast(static_cast<A>(tensor.slope))),
+        bound(broadcast(static_cast<A>(tensor.bound))) {}
+};
+
+// One vector of elements; returns |parameter| after the step. `plain`: no column is optional, which
+// spares the common case its branches; without it GCC holds less of it in registers.
+template <typename T, bool plain, bool decay_first>
+static inline Vector<Accumulate<T>> adam_vector(const AdamTensor& tensor,
+                                                const AdamLanes<Accumulate<T>>& lanes, int64_t e,
+                                                int64_t count, const uint32_t* words) {
+  using A = Accumulate<T>;
+  T* param = static_cast<T*>(tensor.param) + e;
+  A* exp_avg = static_cast<A*>(tensor.exp_avg) + e;
+  A* exp_avg_sq = static_cast<A*>(tensor.exp_avg_sq) + e;
+  const Vector<A> g = load_wide(static_cast<const T*>(tensor.grad) + e, count) * lanes.grad_factor;
+  const Vector<A> m = load_wide(exp_avg, count) * lanes.beta1 + g * lanes.rest1;
+  const Vector<A> v = load_wide(exp_avg_sq, count) * lanes.beta2 + g * g * lanes.rest2;
+  store_lanes(exp_avg, m, count);
+  store_lanes(exp_avg_sq, v, count);
+  Vector<A> largest = v;
+  if (!plain && tensor.max_exp_avg_sq != nullptr) {
+    A* max_exp_avg_sq = static_cast<A*>(tensor.max_exp_avg_sq) + e;
+    const Vector<A> before = load_wide(max_exp_avg_sq, count);
+    largest = before > v ? before : v;
+    store_lanes(max_exp_avg_sq, largest, count);
+  }
+  const Vector<A> update =
+      lanes.step_size * m / (square_root(largest) * lanes.inverse_root + lanes.eps);
+  const bool has_master = !plain && tensor.master != nullptr;
+  A* master = static_cast<A*>(tensor.master) + e;
+  const Vector<A> x = has_master ? load_wide(master, count) : load_wide(param, count);
+  const Vector<A> base = decay_first ? x : x - update;
+  Vector<A> offset = base;
+  if (!plain && tensor.reference != nullptr) {
+    offset = base - load_wide(static_cast<const T*>(tensor.reference) + e, count);
+  }
+  Vector<A> decay = clip(lanes.slope * offset, lanes.bound);
+  if (!plain && tensor.mask != nullptr) {
+    decay = where_mask<A>(tensor.mask + e, decay, count);
+  }
+  const Vector<A> next = decay_first ? (base - decay) - update : base - decay;
+  if (has_master) {
+    store_lanes(master, next, count);
+  }
+  if (!plain && tensor.stochastic) {
+    store_randomly(param, next, count, words);
+  } else {
+    store_lanes(param, next, count);
+  }
+  return absolute<A>(next);
+}
+
+template <typename T, bool plain, bool decay_first>
+static double adam_elements(const AdamTensor& tensor, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   constexpr int kStep = kLanes<A>;
-  T* param = static_cast<T*>(tensor.param);
-  const T* grad = static_cast<const T*>(tensor.grad);
-  A* exp_avg = static_cast<A*>(tensor.exp_avg);
-  A* exp_avg_sq = static_cast<A*>(tensor.exp_avg_sq);
-  A* max_exp_avg_sq = static_cast<A*>(tensor.max_exp_avg_sq);
-  A* master = static_cast<A*>(tensor.master);
-  const T* reference = static_cast<const T*>(tensor.reference);
-  const Vector<A> grad_factor = broadcast(static_cast<A>(tensor.grad_factor));
-  const Vector<A> beta1 = broadcast(static_cast<A>(tensor.beta1));
-  const Vector<A> rest1 = broadcast(static_cast<A>(1.0 - tensor.beta1));
-  const Vector<A> beta2 = broadcast(static_cast<A>(tensor.beta2));
-  const Vector<A> rest2 = broadcast(static_cast<A>(1.0 - tensor.beta2));
-  const Vector<A> eps = broadcast(static_cast<A>(tensor.eps));
-  const Vector<A> step_size = broadcast(static_cast<A>(tensor.step_size));
-  const Vector<A> inverse_root = broadcast(static_cast<A>(tensor.inverse_root));
-  const Vector<A> slope = broadcast(static_cast<A>(tensor.slope));
-  const Vector<A> bound = broadcast(static_cast<A>(tensor.bound));
-  const bool decay_first = tensor.decay_first;
-
+  const AdamLanes<A> lanes(tensor);
   alignas(64) uint32_t words[kDecayBlock];
   Vector<A> total{};
   for (int64_t block = begin; block < end; block += kDecayBlock) {
     const int64_t block_end = end - block < kDecayBlock ? end : block + kDecayBlock;
-    if (tensor.stochastic) {
+    if (!plain && tensor.stochastic) {
       philox_block(tensor.random, static_cast<uint64_t>(block) / kWordsPerCall, words);
     }
-    for (int64_t e = block; e < block_end; e += kStep) {
-      const int64_t count = block_end - e;
-      const Vector<A> g = load_wide(grad + e, count) * grad_factor;
-      const Vector<A> m = load_wide(exp_avg + e, count) * beta1 + g * rest1;
-      const Vector<A> v = load_wide(exp_avg_sq + e, count) * beta2 + g * g * rest2;
-      store_lanes(exp_avg + e, m, count);
-      store_lanes(exp_avg_sq + e, v, count);
-      Vector<A> largest = v;
-      if (max_exp_avg_sq != nullptr) {
-        const Vector<A> before = load_wide(max_exp_avg_sq + e, count);
-        largest = before > v ? before : v;
-        store_lanes(max_exp_avg_sq + e, largest, count);
-      }
-      const Vector<A> update = step_size * m / (square_root(largest) * inverse_root + eps);
-      const Vector<A> x =
-          master == nullptr ? load_wide(param + e, count) : load_wide(master + e, count);
-      const Vector<A> base = decay_first ? x : x - update;
-      const Vector<A> offset = reference == nullptr ? base : base - load_wide(reference + e, count);
-      Vector<A> decay = clip<A>(slope * offset, bound);
-      if (tensor.mask != nullptr) {
-        decay = where_mask<A>(tensor.mask + e, decay, count);
-      }
-      const Vector<A> next = decay_first ? (base - decay) - update : base - decay;
-      if (master != nullptr) {
-        store_lanes(master + e, next, count);
-      }
-      if (tensor.stochastic) {
-        store_randomly(param + e, next, count, words + (e - block));
-      } else {
-        store_lanes(param + e, next, count);
-      }
-      total += count < kStep ? first_lanes<A>(absolute<A>(next), count) : absolute<A>(next);
+    int64_t e = block;
+    for (; e + kStep <= block_end; e += kStep) {
+      total += adam_vector<T, plain, decay_first>(tensor, lanes, e, kStep, words + (e - block));
+    }
+    if (e < block_end) {
+      total += first_lanes<A>(
+          adam_vector<T, plain, decay_first>(tensor, lanes, e, block_end - e, words + (e - block)),
+          block_end - e);
     }
   }
   return static_cast<double>(sum_lanes<A>(total));
+}
+
+template <typename T>
+static double adam_step(const AdamTensor& tensor, int64_t begin, int64_t end) {
+  const bool plain = tensor.max_exp_avg_sq == nullptr && tensor.master == nullptr &&
+                     tensor.reference == nullptr && tensor.mask == nullptr && !tensor.stochastic;
+  const auto elements =
+      plain ? (tensor.decay_first ? adam_elements<T, true, true> : adam_elements<T, true, false>)
+            : (tensor.decay_first ? adam_elements<T, false, true> : adam_elements<T, false, false>);
+  return elements(tensor, begin, end);
 }
 
 template <typename T>
