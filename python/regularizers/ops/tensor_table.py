@@ -26,6 +26,9 @@ COLUMNS = (
     "first_chunk",
 )
 
+# What captured CUDA graphs go on reading; a graph does not keep memory alive that is not its own.
+_READ_BY_GRAPHS: list[tuple[Tensor | None, ...]] = []
+
 
 class TensorTable:
     """Addresses and sizes of a list of parameters and of what belongs to each of them.
@@ -48,16 +51,26 @@ class TensorTable:
         self._host = torch.zeros(len(numels), len(COLUMNS), dtype=torch.int64)
         self._host[:, COLUMNS.index("numel")] = sizes
         self._host[:, COLUMNS.index("first_chunk")] = counts.cumsum(0) - counts
-        self.chunks = _beside(torch.repeat_interleave(counts), device)
+        self.chunks, _ = _beside(torch.repeat_interleave(counts), device)
         self._rows: Tensor | None = None
         self._addresses: dict[str, list[int]] = {}
 
     @property
     def rows(self) -> Tensor:
         """The table beside the tensors; uploaded again, without waiting, where it changed."""
-        if self._rows is None:
-            self._rows = _beside(self._host, self.device)
-        return self._rows
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self._rows is not None and not capturing:
+            return self._rows
+        rows, pinned = self._rows, None
+        if rows is None:
+            rows, pinned = _beside(self._host, self.device)
+        if capturing:
+            # A replayed graph copies from `pinned` and reads the others. What is uploaded inside a
+            # graph is there only after its replay, so it is not kept for steps outside.
+            _READ_BY_GRAPHS.append((rows, self.chunks, pinned))
+        else:
+            self._rows = rows
+        return rows
 
     def set(self, column: str, addresses: list[int]) -> None:
         """Set the addresses of a column; nothing happens where they are what they were."""
@@ -67,14 +80,12 @@ class TensorTable:
             self._rows = None
 
 
-def _beside(host: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device from a page-locked copy of its own.
-
-    A captured CUDA graph copies from it again at each replay, so it must never change.
-    """
+def _beside(host: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return a tensor on the device, and the page-locked copy that it is being copied from."""
     if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+        return host, None
+    pinned = host.pin_memory()
+    return pinned.to(device, non_blocking=True), pinned
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
