@@ -276,7 +276,8 @@ def _reference(
         )
         if masks:
             amount = torch.where(masks[i], amount, 0)
-        new = (x - amount) - update if decay_first else base - amount
+        # A 0-d float32 tensor turns float64 where it meets a float64 scalar.
+        new = ((x - amount) - update if decay_first else base - amount).to(wide)
         write(exp_avgs[i], m)
         write(exp_avg_sqs[i], v)
         if max_exp_avg_sqs:

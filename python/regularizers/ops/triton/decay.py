@@ -173,13 +173,12 @@ def _adam(
 
     first = (chunk - first_chunk) * CHUNK
     end = min(first + CHUNK, numel)
-    alive = first >= 0
     if found_inf is not None:
-        alive = tl.load(found_inf) == 0.0
+        end = tl.where(tl.load(found_inf) == 0.0, end, first)
     total = tl.zeros([BLOCK], A)
     for block in range(0, CHUNK, BLOCK):
         e = first + block + tl.arange(0, BLOCK)
-        inside = (e < end) & alive
+        inside = e < end
         g = tl.load(grad + e, inside, 0.0).to(A) * factor
         m = tl.load(exp_avg + e, inside, 0.0) * b1 + g * rest1
         v = tl.load(exp_avg_sq + e, inside, 0.0) * b2 + g * g * rest2
@@ -230,7 +229,7 @@ def _sums(table, partials, sums, found_inf, CHUNK: tl.constexpr, BLOCK: tl.const
     for begin in range(0, count, BLOCK):
         place = begin + tl.arange(0, BLOCK)
         total += tl.load(partials + first + place, place < count, 0.0)
-    alive = count >= 0
+    found = tl.sum(total)
     if found_inf is not None:
-        alive = tl.load(found_inf) == 0.0
-    tl.store(sums + tensor, tl.sum(total), alive)
+        found = tl.where(tl.load(found_inf) == 0.0, found, tl.load(sums + tensor))
+    tl.store(sums + tensor, found)
