@@ -64,6 +64,18 @@ class DecoupledOptimizer(Optimizer):
 
     Under ``torch.compile`` a step runs as it is, between the graphs: there is nothing left to fuse.
     DTensor parameters (FSDP2, tensor parallelism) are stepped on their local shards.
+
+    Example:
+        >>> class SignedAdamW(DecoupledOptimizer):
+        ...     def transform_grad(self, p, grad, group):
+        ...         return grad.sign()
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> defaults = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+        >>> optimizer = SignedAdamW([w], defaults)
+        >>> w.grad = torch.tensor([3.0, -0.5])
+        >>> optimizer.step()
+        >>> w.data
+        tensor([0.9000, 1.1000])
     """
 
     penalty: ClassVar[str] = "l2"
