@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regularizers.optim import AdamHD
 from regularizers.ops import decay_amount
+from regularizers.optim import AdamHD
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from regularizers.optim import AdamHD
+from regularizers.optim import AdamHD, HuberDecay
 
 WORLD = 2
 STEPS = 4
@@ -58,6 +58,16 @@ def _train(place, **options):
     gathered = [p.full_tensor() if isinstance(p, DTensor) else p for p in params]
     deltas = torch.stack([optimizer.state[p]["delta"] for p in params])
     return [p.detach() for p in gathered], deltas, list(calls), optimizer
+
+
+def _wrapped(place):
+    """Parameters after decay alone, with thresholds from whole tensors."""
+    params = [nn.Parameter(place(x)) for x in _full()]
+    optimizer = HuberDecay(torch.optim.SGD(params, lr=0.1), weight_decay=2.0)
+    for p in params:
+        p.grad = place(torch.zeros(p.shape, dtype=torch.float64))
+    optimizer.step()
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in params]
 
 
 class Model(nn.Module):
@@ -106,8 +116,10 @@ def _process(rank, folder):
         ("fused", shard, {}),
         ("hooks", shard, {"fused": False}),
         ("partly plain", lambda x: shard(x) if x.dim() else x, {}),
+        ("plain first", lambda x: x.clone() if len(x.shape) and len(x) == 4 else shard(x), {}),
     ):
         found[name] = _train(place, **options)[:3]
+    found["wrapper"] = _wrapped(shard)
     own = slice(3 * rank, 3 * (rank + 1))
     wrapped = DistributedDataParallel(_model())
     _train_model(wrapped, _rows()[:, own])
@@ -139,7 +151,7 @@ def processes():
         return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("name", ["fused", "hooks", "partly plain"])
+@pytest.mark.parametrize("name", ["fused", "hooks", "partly plain", "plain first"])
 def test_shards_step_as_the_whole_with_global_thresholds(processes, name):
     params, deltas, _, _ = _train(lambda x: x.clone())
     for found in processes:
@@ -151,6 +163,11 @@ def test_shards_step_as_the_whole_with_global_thresholds(processes, name):
 def test_a_step_makes_one_all_reduce_of_one_vector(processes):
     for found in processes:
         assert found["fused"][2] == [len(SHAPES)]
+
+
+def test_wrapper_takes_its_thresholds_from_whole_tensors(processes):
+    for found in processes:
+        torch.testing.assert_close(found["wrapper"], _wrapped(lambda x: x.clone()))
 
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP2"])

@@ -38,6 +38,7 @@ class Batch:
         params: as the user sees them, perhaps DTensors.
         states: their states.
         grads: the gradients of this step, as ``params``.
+        sharded: whether some of the parameters are DTensors.
         vectors: the scalars of the states, a vector ``[n]`` for each name.
         sums: float64 ``[n]``, sums of ``|param|`` over this process's shards after the step.
         counts: float64 ``[n]``, elements of each parameter over all processes.
@@ -50,6 +51,7 @@ class Batch:
         self.grads: list[Tensor] = []
         self.device = params[0].device
         self.dtype = params[0].dtype
+        self.sharded = any(hasattr(param, "device_mesh") for param in params)
         self.vectors: dict[str, Tensor] = {}
         self._entries: list[Any] = []
         self._table: TensorTable | None = None
@@ -87,9 +89,7 @@ class Batch:
 
     def locals(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return this process's shards."""
-        if type(self.params[0]) is torch.nn.Parameter or type(self.params[0]) is Tensor:
-            return list(tensors)
-        return [local(tensor) for tensor in tensors]
+        return [local(tensor) for tensor in tensors] if self.sharded else list(tensors)
 
     def columns(self) -> dict[str, list[Tensor]]:
         """Return the state tensors that the pass reads, as local shards."""
@@ -128,7 +128,7 @@ def global_sums(batches: Sequence[Batch]) -> None:
     Every process takes part with all its batches, in the order of groups. A parameter that several
     processes hold in full is counted once.
     """
-    sharded = [b for b in batches if any(hasattr(p, "device_mesh") for p in b.params)]
+    sharded = [batch for batch in batches if batch.sharded]
     meshes = {p.device_mesh: None for b in sharded for p in b.params if hasattr(p, "device_mesh")}
     for mesh in meshes:
         weights = [_weight(param, mesh) for batch in sharded for param in batch.params]

@@ -294,10 +294,12 @@ class HuberDecay:
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                delta: float | Tensor = (
-                    param.abs().mean().clamp(min=LEAST_DELTA) if self.delta is None else self.delta
-                )
-                huber_decay_(param, strength, delta, mode=self.mode)
+                delta: float | Tensor = self.delta or LEAST_DELTA
+                if self.delta is None:
+                    size: Any = param.abs().mean()
+                    size = size.full_tensor() if hasattr(size, "full_tensor") else size
+                    delta = size.clamp(min=LEAST_DELTA)
+                huber_decay_(local(param), strength, delta, mode=self.mode)
         return loss
 
     def __getattr__(self, name: str) -> Any:

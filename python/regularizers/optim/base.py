@@ -335,7 +335,7 @@ class DecoupledOptimizer(Optimizer):
                 self.transform_grad(param, grad, batch.group)
                 for param, grad in zip(batch.params, grads, strict=True)
             ]
-        if any(hasattr(param, "placements") for param in batch.params):
+        if batch.sharded:
             grads = [
                 local(_placed_as(grad, param))
                 for param, grad in zip(batch.params, grads, strict=True)
