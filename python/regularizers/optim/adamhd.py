@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from regularizers._shared.checks import check_fraction, check_one_of, check_positive
-from regularizers.optim._batch import Batch, State, global_sums
+from regularizers.optim._batch import Batch, State, global_sums, local
 from regularizers.optim.base import MODES, DecoupledOptimizer, Group
 from regularizers.optim.decay import huber_decay_
 
