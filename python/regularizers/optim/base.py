@@ -59,8 +59,9 @@ class DecoupledOptimizer(Optimizer):
 
     ``fused=None`` and ``foreach=None`` choose the fused pass. ``foreach=True`` is the fused pass
     too, ``fused=False`` or ``foreach=False`` the hooks. On a GPU a step reads nothing back, so it
-    can be captured in a CUDA graph after a first step outside; ``lr`` as a 0-d tensor then stays
-    adjustable. ``capturable`` is there for the users of ``torch.optim.AdamW``: nothing changes.
+    can be captured in a CUDA graph after a first step outside; ``lr`` as a 0-d tensor of that GPU
+    then stays adjustable. ``capturable`` is there for the users of ``torch.optim.AdamW`` and
+    changes nothing.
 
     Under ``torch.compile`` a step runs as it is, between the graphs: there is nothing left to fuse.
     DTensor parameters (FSDP2, tensor parallelism) are stepped on their local shards.
@@ -199,7 +200,6 @@ class DecoupledOptimizer(Optimizer):
         Args:
             closure: reevaluates the model and returns the loss.
         """
-        self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
