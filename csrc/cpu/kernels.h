@@ -414,6 +414,32 @@ struct PrefixScanKernels {
   void (*logits)(const PrefixScan& problem, int64_t begin, int64_t end, void* scratch, void* out,
                  int64_t out_step);
 };
+// What one optimizer step does to one tensor, with the scalars of its group worked out. A is the
+// accumulation type; null where a column is absent.
+struct AdamTensor {
+  void* param;            // T
+  const void* grad;       // T
+  void* exp_avg;          // A
+  void* exp_avg_sq;       // A
+  void* max_exp_avg_sq;   // A, amsgrad
+  void* master;           // A, the parameter in full precision
+  const void* reference;  // T, what the decay pulls towards
+  const uint8_t* mask;    // where the decay acts
+  double grad_factor;     // of the raw gradient: unscaling and maximize
+  double beta1, beta2, eps;
+  double step_size;     // lr / (1 - beta1^t)
+  double inverse_root;  // 1 / sqrt(1 - beta2^t)
+  double slope, bound;  // the decay: x - clip(slope (x - reference), -bound, bound)
+  bool decay_first;     // of the value before the step, as AdamW does, or of that after it
+  bool stochastic;      // round to T with the words of `random`
+  PhiloxStream random;
+
+struct DecayKernels {
+  // Elements [begin, end) of one tensor; returns the sum of |parameter| after the step. `begin` is
+  // a multiple of kDecayBlock.
+  double (*adam)(const AdamTensor& tensor, int64_t begin, int64_t end);
+
+constexpr int64_t kDecayBlock = 128;  // elements whose random words are made together
 
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
@@ -434,6 +460,7 @@ struct Kernels {
   CodeSearchKernels code_search[kStorageTypes];
   AttentionKernels attention[kStorageTypes];
   PrefixScanKernels prefix_scan[kStorageTypes];
+  DecayKernels decay[kStorageTypes];
 };
 
 namespace baseline {

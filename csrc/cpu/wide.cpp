@@ -1,6 +1,7 @@
 // All vectorised kernels, compiled once for each instruction set with REGULARIZERS_ISA naming it.
 #include "code_search_kernels.h"
 #include "drop_block_kernels.h"
+#include "decay_kernels.h"
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
@@ -66,6 +67,8 @@ const Kernels& kernels() {
        attention_kernels<float16>()},
       {prefix_scan_kernels<float>(), prefix_scan_kernels<double>(), prefix_scan_kernels<bfloat16>(),
        prefix_scan_kernels<float16>()},
+      {decay_kernels<float>(), decay_kernels<double>(), decay_kernels<bfloat16>(),
+       decay_kernels<float16>()},
   };
   return table;
 }

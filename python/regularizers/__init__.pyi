@@ -5,6 +5,7 @@ from regularizers import generative as generative
 from regularizers import geometry as geometry
 from regularizers import mixing as mixing
 from regularizers import ops as ops
+from regularizers import optim as optim
 from regularizers import representation as representation
 from regularizers import robustness as robustness
 from regularizers import scaling as scaling

@@ -3,6 +3,7 @@
 from regularizers.ops import transport_potentials as _transport_potentials  # noqa: F401 (registers)
 from regularizers.ops.code_search import nearest_code, sample_code
 from regularizers.ops.drop_block import drop_block
+from regularizers.ops.decay import decay_amount, decoupled_adam_, stochastic_round
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.mix import mix, paste_boxes
@@ -31,6 +32,8 @@ __all__ = [
     "SinkhornOutput",
     "TransportDual",
     "drop_block",
+    "decay_amount",
+    "decoupled_adam_",
     "dropout_mask",
     "dropout_samples",
     "expected_prefix_cross_entropy",
@@ -54,6 +57,7 @@ __all__ = [
     "sliced_quantile",
     "sparse_projection",
     "sparse_regularized_plan",
+    "stochastic_round",
     "transport_apply",
     "transport_dual",
     "transport_plan",

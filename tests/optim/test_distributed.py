@@ -1,0 +1,184 @@
+"""Two processes with sharded or replicated parameters step as one process does."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from regularizers.optim import AdamHD, HuberDecay
+
+WORLD = 2
+STEPS = 4
+# Even, uneven, with an empty shard, one number.
+SHAPES = ((4, 3), (5, 2), (1, 6), ())
+
+
+def _full():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+
+
+def _gradients(t):
+    generator = torch.Generator().manual_seed(10 + t)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+
+
+def _make(params, **options):
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.05}]
+    return AdamHD(groups, lr=0.1, weight_decay=0.5, delta_beta=0.8, **options)
+
+
+def _train(place, **options):
+    """Parameters and thresholds, gathered, after some steps; and the collectives of a step."""
+    params = [nn.Parameter(place(x)) for x in _full()]
+    optimizer = _make(params, **options)
+    calls = []
+    for t in range(STEPS):
+        for p, grad in zip(params, _gradients(t), strict=True):
+            p.grad = place(grad)
+        calls.clear()
+        original = dist.all_reduce
+
+        def counted(*args, original=original, **kwargs):
+            calls.append(args[0].numel())
+            return original(*args, **kwargs)
+
+        dist.all_reduce = counted
+        try:
+            optimizer.step()
+        finally:
+            dist.all_reduce = original
+    gathered = [p.full_tensor() if isinstance(p, DTensor) else p for p in params]
+    deltas = torch.stack([optimizer.state[p]["delta"] for p in params])
+    return [p.detach() for p in gathered], deltas, list(calls), optimizer
+
+
+def _wrapped(place):
+    """Parameters after decay alone, with thresholds from whole tensors."""
+    params = [nn.Parameter(place(x)) for x in _full()]
+    optimizer = HuberDecay(torch.optim.SGD(params, lr=0.1), weight_decay=2.0)
+    for p in params:
+        p.grad = place(torch.zeros(p.shape, dtype=torch.float64))
+    optimizer.step()
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in params]
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 5)
+        self.second = nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+def _model():
+    torch.manual_seed(3)
+    return Model().double()
+
+
+def _rows():
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(STEPS, 6, 3, generator=generator, dtype=torch.float64)
+
+
+def _train_model(model, rows):
+    optimizer = AdamHD(model.parameters(), lr=0.1, weight_decay=0.5, delta_beta=0.8)
+    for x in rows:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+
+def _weights(model):
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in model.parameters()]
+
+
+def _process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
+    )
+    mesh = init_device_mesh("cpu", (WORLD,))
+    shard = lambda x: distribute_tensor(x, mesh, [Shard(0) if x.dim() else Replicate()])
+
+    found = {}
+    for name, place, options in (
+        ("fused", shard, {}),
+        ("hooks", shard, {"fused": False}),
+        ("partly plain", lambda x: shard(x) if x.dim() else x, {}),
+        ("plain first", lambda x: x.clone() if len(x.shape) and len(x) == 4 else shard(x), {}),
+    ):
+        found[name] = _train(place, **options)[:3]
+    found["wrapper"] = _wrapped(shard)
+    own = slice(3 * rank, 3 * (rank + 1))
+    wrapped = DistributedDataParallel(_model())
+    _train_model(wrapped, _rows()[:, own])
+    found["DDP"] = _weights(wrapped)
+    sharded = _model()
+    fully_shard(sharded.first, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    optimizer = _train_model(sharded, _rows()[:, own])
+    found["FSDP2"] = _weights(sharded)
+    moments = [optimizer.state[p]["exp_avg"] for p in sharded.parameters()]
+    found["state is sharded"] = all(isinstance(m, DTensor) for m in moments)
+    # A checkpoint in memory, loaded by another optimizer over the same shards.
+    again = AdamHD(sharded.parameters(), lr=0.1, weight_decay=0.5, delta_beta=0.8)
+    again.load_state_dict(optimizer.state_dict())
+    found["loaded"] = all(
+        torch.equal(again.state[p]["exp_avg"].to_local(), m.to_local())
+        for p, m in zip(sharded.parameters(), moments, strict=True)
+    )
+    torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    dist.barrier()  # a process that leaves early aborts the other's threads
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """What every process found; one spawn for the family."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_process, (folder,), nprocs=WORLD)
+        return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", ["fused", "hooks", "partly plain", "plain first"])
+def test_shards_step_as_the_whole_with_global_thresholds(processes, name):
+    params, deltas, _, _ = _train(lambda x: x.clone())
+    for found in processes:
+        # Sums of absolute values are added up in another order.
+        torch.testing.assert_close(found[name][0], params, rtol=0, atol=1e-13)
+        torch.testing.assert_close(found[name][1], deltas, rtol=0, atol=1e-13)
+
+
+def test_a_step_makes_one_all_reduce_of_one_vector(processes):
+    for found in processes:
+        assert found["fused"][2] == [len(SHAPES)]
+
+
+def test_wrapper_takes_its_thresholds_from_whole_tensors(processes):
+    for found in processes:
+        torch.testing.assert_close(found["wrapper"], _wrapped(lambda x: x.clone()))
+
+
+@pytest.mark.parametrize("name", ["DDP", "FSDP2"])
+def test_a_wrapped_model_trains_as_one_process_on_the_whole_batch(processes, name):
+    model = _model()
+    _train_model(model, _rows())
+    for found in processes:
+        torch.testing.assert_close(found[name], _weights(model), rtol=0, atol=1e-12)
+
+
+def test_states_of_shards_are_shards_and_load(processes):
+    for found in processes:
+        assert found["state is sharded"]
+        assert found["loaded"]
