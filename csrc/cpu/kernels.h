@@ -414,6 +414,7 @@ struct PrefixScanKernels {
   void (*logits)(const PrefixScan& problem, int64_t begin, int64_t end, void* scratch, void* out,
                  int64_t out_step);
 };
+
 // What one optimizer step does to one tensor, with the scalars of its group worked out. A is the
 // accumulation type; null where a column is absent.
 struct AdamTensor {
@@ -433,11 +434,13 @@ struct AdamTensor {
   bool decay_first;     // of the value before the step, as AdamW does, or of that after it
   bool stochastic;      // round to T with the words of `random`
   PhiloxStream random;
+};
 
 struct DecayKernels {
-  // Elements [begin, end) of one tensor; returns the sum of |parameter| after the step. `begin` is
-  // a multiple of kDecayBlock.
+  // Elements [begin, end) of one tensor; returns the sum of |parameter| after the step. `begin`
+  // is a multiple of kDecayBlock.
   double (*adam)(const AdamTensor& tensor, int64_t begin, int64_t end);
+};
 
 constexpr int64_t kDecayBlock = 128;  // elements whose random words are made together
 
@@ -451,8 +454,8 @@ struct Kernels {
   SparseOtKernels sparse_ot[kStorageTypes];
   PrefixKernels prefix[kStorageTypes];
   MixKernels mix[kStorageTypes];
-  // Samples [begin, end) of one stream. Scratch comes zeroed: plane_bytes, a byte for every pixel
-  // of these samples and a Philox block at either end.
+  // Samples [begin, end) of one stream. Scratch comes zeroed: plane_bytes, a byte for every
+  // pixel of these samples and a Philox block at either end.
   void (*drop_block_mask)(const DropBlockMask& mask, int64_t stream, int64_t begin, int64_t end,
                           uint8_t* scratch);
   DropBlockKernels drop_block[kStorageTypes];

@@ -1,7 +1,7 @@
 // All vectorised kernels, compiled once for each instruction set with REGULARIZERS_ISA naming it.
 #include "code_search_kernels.h"
-#include "drop_block_kernels.h"
 #include "decay_kernels.h"
+#include "drop_block_kernels.h"
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"

@@ -2,8 +2,8 @@
 
 from regularizers.ops import transport_potentials as _transport_potentials  # noqa: F401 (registers)
 from regularizers.ops.code_search import nearest_code, sample_code
-from regularizers.ops.drop_block import drop_block
 from regularizers.ops.decay import decay_amount, decoupled_adam_, stochastic_round
+from regularizers.ops.drop_block import drop_block
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.mix import mix, paste_boxes
@@ -31,9 +31,9 @@ from regularizers.ops.transport_apply import transport_apply
 __all__ = [
     "SinkhornOutput",
     "TransportDual",
-    "drop_block",
     "decay_amount",
     "decoupled_adam_",
+    "drop_block",
     "dropout_mask",
     "dropout_samples",
     "expected_prefix_cross_entropy",
