@@ -1,8 +1,4 @@
-"""Triton kernels against the references: on a GPU, or in Triton's interpreter on small tensors.
-
-The interpreter has to be chosen before import: TRITON_INTERPRET=1 python -m pytest this file.
-"""
-# ruff: noqa: E402 (without Triton there is nothing to import)
+"""Triton kernels against the references: on a GPU, or in Triton's interpreter on small tensors."""
 
 import itertools
 
@@ -10,17 +6,15 @@ import pytest
 import torch
 
 import regularizers
-from regularizers.backend import interpreting, why_unavailable
 from regularizers.ops import dropout_mask, dropout_samples, multi_sample_dropout_cross_entropy
 from regularizers.ops.dropout import DROPOUT_SAMPLES, DROPOUT_SAMPLES_ADJOINT
 from regularizers.ops.masked_linear_cross_entropy import BACKWARD, FORWARD
 from regularizers.ops.philox import philox_words
-from tests.harness import DTYPES, TOLERANCES, forward_and_gradients
+from tests.harness import DTYPES, TOLERANCES
+from tests.triton_harness import DEVICE, assert_agree, on_both, randn
 
-REASON = why_unavailable("triton")
-if REASON:
-    pytest.skip(REASON, allow_module_level=True)
-
+# Without Triton the line above skips this file.
+# isort: split
 import triton
 import triton.language as tl
 
@@ -29,7 +23,6 @@ from regularizers.ops.triton import masked_linear_cross_entropy as loss_kernels
 from regularizers.ops.triton.philox import call_words, drop_rule, keep_calls, keep_elements
 
 pytestmark = pytest.mark.interpreter
-DEVICE = "cpu" if interpreting() else "cuda"
 PAST_32_BITS = 2**32 - 5  # the call where elements pass 2^34 lies in the middle of a block
 
 
@@ -39,27 +32,6 @@ def _scalar(value, dtype=torch.float64):
 
 def _seed(value):
     return _scalar(value, torch.int64)
-
-
-def _randn(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def _both(call, *tensors):
-    """Return (result, *gradients) of the Triton kernels and of the reference."""
-    found = []
-    for backend in ("triton", "reference"):
-        with regularizers.use_backend(backend):
-            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-            result, gradients = forward_and_gradients(call, leaves)
-        found.append((result, *gradients))
-    return found
-
-
-def assert_agree(call, *tensors):
-    for have, want in zip(*_both(call, *tensors), strict=True):
-        torch.testing.assert_close(have, want, equal_nan=True, **TOLERANCES[tensors[0].dtype])
 
 
 # Random bits.
@@ -116,7 +88,7 @@ def test_masks_are_bit_equal_to_the_reference(p):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (5, 7, 11), (1030,)], ids=str)
 def test_samples_and_their_gradient_agree(shape, dtype):
-    x = _randn(*shape, dtype=dtype)
+    x = randn(*shape, dtype=dtype)
     assert_agree(lambda x: dropout_samples(x, 0.4, num_samples=3, seed=5), x)
 
 
@@ -132,25 +104,25 @@ def test_samples_and_their_gradient_agree(shape, dtype):
     ids=["channels last", "transposed", "every second", "expanded", "off by one"],
 )
 def test_samples_keep_the_layout_of_the_input(layout):
-    x = layout(_randn(2, 4, 5, 6))
+    x = layout(randn(2, 4, 5, 6))
     call = lambda x: dropout_samples(x, 0.4, num_samples=3, seed=5)
     assert_agree(call, x)
-    triton_result, reference = (results[0] for results in _both(call, x))
+    triton_result, reference = (results[0] for results in on_both(call, x))
     assert triton_result.stride() == reference.stride()
 
 
 @pytest.mark.parametrize("layout", ["samples last", "one for all samples"])
 def test_adjoint_takes_a_gradient_of_any_layout(layout):
-    y = _randn(6, 7, 3).permute(2, 0, 1)
+    y = randn(6, 7, 3).permute(2, 0, 1)
     if layout == "one for all samples":
-        y = _randn(6, 7).expand(3, 6, 7)
+        y = randn(6, 7).expand(3, 6, 7)
     arguments = (y, _scalar(0.4), _seed(5))
     have, want = (DROPOUT_SAMPLES_ADJOINT.kernel(which)(*arguments) for which in ("triton", None))
     torch.testing.assert_close(have, want)
 
 
 def test_samples_do_not_depend_on_how_programs_share_them(monkeypatch):
-    call = lambda: dropout_samples(_randn(5, 300), 0.5, num_samples=5, seed=3)
+    call = lambda: dropout_samples(randn(5, 300), 0.5, num_samples=5, seed=3)
     with regularizers.use_backend("triton"):
         shared = call()
         monkeypatch.setattr(dropout_kernels, "FILLING_PROGRAMS", 1)
@@ -185,7 +157,7 @@ def test_samples_pass_gradcheck():
         with regularizers.use_backend("triton"):
             return dropout_samples(x, 0.4, num_samples=2, seed=5)
 
-    x = _randn(3, 5, dtype=torch.float64).requires_grad_()
+    x = randn(3, 5, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(call, x, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, x, fast_mode=True)
 
@@ -196,7 +168,7 @@ def test_samples_pass_gradcheck():
 def _problem(rows, features, classes, dtype=torch.float32):
     """Return x, weight, bias and target."""
     x, weight, bias = (
-        _randn(*shape, dtype=dtype, seed=seed)
+        randn(*shape, dtype=dtype, seed=seed)
         for seed, shape in enumerate([(rows, features), (classes, features), (classes,)])
     )
     generator = torch.Generator().manual_seed(3)
@@ -330,7 +302,7 @@ def test_nan_under_a_dropped_feature_reaches_neither_loss_nor_gradient():
         *leaves, target, p=0.5, num_samples=2, seed=1
     )
     assert not kept.all()
-    for value in _both(call, x, weight, bias)[0]:
+    for value in on_both(call, x, weight, bias)[0]:
         assert torch.isfinite(value).all()
 
 
@@ -340,7 +312,7 @@ def test_logits_of_minus_infinity_outside_the_target_agree(monkeypatch):
     bias = torch.tensor([-torch.inf] * 3 + [0.0] * 3, device=DEVICE)
     target = torch.tensor([3, 4, 5, 3], device=DEVICE)
     call = lambda x, w: multi_sample_dropout_cross_entropy(x, w, bias, target, seed=1)
-    have, want = _both(call, x, weight)
+    have, want = on_both(call, x, weight)
     assert torch.isfinite(have[0])
     for pair in zip(have, want, strict=True):
         torch.testing.assert_close(*pair, **TOLERANCES[torch.float32])

@@ -1,25 +1,18 @@
-"""Triton kernels of drop_block and row_gate against the references: on a GPU, or interpreted.
-
-The interpreter has to be chosen before import: TRITON_INTERPRET=1 python -m pytest this file.
-"""
-# ruff: noqa: E402 (without Triton there is nothing to import)
+"""Triton kernels of drop_block and row_gate against the references: on a GPU, or interpreted."""
 
 import pytest
 import torch
 
 import regularizers
-from regularizers.backend import interpreting, why_unavailable
 from regularizers.ops import drop_block, row_gate
-from tests.harness import DTYPES, TOLERANCES, forward_and_gradients
+from tests.harness import DTYPES
+from tests.triton_harness import DEVICE, assert_agree, randn
 
-REASON = why_unavailable("triton")
-if REASON:
-    pytest.skip(REASON, allow_module_level=True)
-
+# Without Triton the line above skips this file.
+# isort: split
 from regularizers.ops.triton import drop_block as kernels
 
 pytestmark = pytest.mark.interpreter
-DEVICE = "cpu" if interpreting() else "cuda"
 
 
 @pytest.fixture(autouse=True)
@@ -27,27 +20,10 @@ def _short_tiles(monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", 64)  # the interpreter scans a tile element by element
 
 
-def _randn(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def assert_agree(call, *tensors):
-    found = []
-    for backend in ("triton", "reference"):
-        with regularizers.use_backend(backend):
-            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-            result, gradients = forward_and_gradients(call, leaves)
-        found.append((result, *gradients))
-    assert found[0][0].stride() == found[1][0].stride()
-    for have, want in zip(*found, strict=True):
-        torch.testing.assert_close(have, want, **TOLERANCES[tensors[0].dtype])
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shared", [True, False])
 def test_blocks_agree(dtype, shared):
-    x = _randn(2, 2, 5, 7, dtype=dtype)
+    x = randn(2, 2, 5, 7, dtype=dtype)
     call = lambda t, **o: drop_block(t, 0.4, 3, shared_channels=shared, seed=3, **o)
     assert_agree(call, x)
     assert_agree(call, x.to(memory_format=torch.channels_last))
@@ -59,7 +35,7 @@ def test_blocks_agree(dtype, shared):
 def test_tiles_and_halos_agree(shape, block_size):
     for p, shared in ((0.0, True), (0.2, False), (0.9, True)):
         call = lambda t, p=p, s=shared: drop_block(t, p, block_size, shared_channels=s, seed=5)
-        assert_agree(call, _randn(*shape))
+        assert_agree(call, randn(*shape))
 
 
 def test_nothing_kept_gives_zeros_and_nothing_comes_of_nan_under_a_block():
@@ -73,7 +49,7 @@ def test_nothing_kept_gives_zeros_and_nothing_comes_of_nan_under_a_block():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gates_agree(dtype):
-    x, r = _randn(7, 3, 2, 5, dtype=dtype), _randn(7, 3, 2, 5, dtype=dtype, seed=1)
+    x, r = randn(7, 3, 2, 5, dtype=dtype), randn(7, 3, 2, 5, dtype=dtype, seed=1)
     last = x.to(memory_format=torch.channels_last)
     for options in ({"p": 0.4}, {"p": 0.4, "stream": 2**32 - 1}, {"p": 0.0}, {"p": 1.0}):
         for scale in (True, False):
@@ -86,7 +62,7 @@ def test_gates_agree(dtype):
 
 
 def test_rows_longer_than_a_block_agree():
-    assert_agree(lambda t: row_gate(t, 0.5, seed=2), _randn(5, 2500))
+    assert_agree(lambda t: row_gate(t, 0.5, seed=2), randn(5, 2500))
 
 
 def test_dropped_rows_are_not_read():

@@ -1,57 +1,34 @@
-"""Triton kernels of prefixes against the references: on a GPU, or in the interpreter.
-
-The interpreter has to be chosen before import: TRITON_INTERPRET=1 python -m pytest this file.
-"""
-# ruff: noqa: E402 (without Triton there is nothing to import)
+"""Triton kernels of prefixes against the references: on a GPU, or in the interpreter."""
 
 import pytest
 import torch
 
 import regularizers
-from regularizers.backend import interpreting, why_unavailable
 from regularizers.ops import (
     expected_prefix_cross_entropy,
     prefix_accuracy,
     prefix_linear,
 )
-from tests.harness import DTYPES, TOLERANCES, forward_and_gradients
+from tests.harness import DTYPES
+from tests.triton_harness import DEVICE, assert_agree, randn
 
-REASON = why_unavailable("triton")
-if REASON:
-    pytest.skip(REASON, allow_module_level=True)
-
+# Without Triton the line above skips this file.
+# isort: split
 from regularizers.ops.triton import prefix_scan as scan_kernels
 
 pytestmark = pytest.mark.interpreter
-DEVICE = "cpu" if interpreting() else "cuda"
-
-
-def _randn(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def _classifier(rows, features, classes, dtype=torch.float32):
     return (
-        _randn(rows, features, dtype=dtype),
-        _randn(classes, features, dtype=dtype, seed=1) / 2,
-        _randn(classes, dtype=dtype, seed=2),
+        randn(rows, features, dtype=dtype),
+        randn(classes, features, dtype=dtype, seed=1) / 2,
+        randn(classes, dtype=dtype, seed=2),
     )
 
 
 def _integers(high, *shape):
     return torch.randint(high, shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-
-
-def assert_agree(call, *tensors):
-    found = []
-    for backend in ("triton", "reference"):
-        with regularizers.use_backend(backend):
-            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-            result, gradients = forward_and_gradients(call, leaves)
-        found.append((result, *gradients))
-    for have, want in zip(*found, strict=True):
-        torch.testing.assert_close(have, want, **TOLERANCES[tensors[0].dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,7 +82,7 @@ def test_expected_losses_agree(dtype, sizes):
     x, weight, bias = _classifier(*sizes, dtype)
     target = _integers(classes, rows)
     target[3::4] = -100
-    law = _randn(features, seed=5).abs() / features
+    law = randn(features, seed=5).abs() / features
     law[1::3] = 0
     loss = lambda *t: expected_prefix_cross_entropy(*t, target, law, reduction="none")
     assert_agree(loss, x, weight, bias)

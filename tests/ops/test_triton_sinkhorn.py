@@ -2,30 +2,27 @@
 
 The interpreter takes milliseconds an operation, hence few programs, small problems, loose tol.
 """
-# ruff: noqa: E402 (without Triton there is nothing to import)
 
 import pytest
 import torch
 
 import regularizers
-from regularizers.backend import interpreting, why_unavailable
+from regularizers.backend import interpreting
 from regularizers.ops import sinkhorn, sinkhorn_points, transport_apply, transport_plan
 from regularizers.ops.sinkhorn import SINKHORN, TRANSPORT_PLAN
 from regularizers.ops.sinkhorn_points import SINKHORN_POINTS
 from regularizers.ops.transport_apply import APPLY
 from tests.harness import DTYPES, TOLERANCES, forward_and_gradients
+from tests.triton_harness import DEVICE
 
-REASON = why_unavailable("triton")
-if REASON:
-    pytest.skip(REASON, allow_module_level=True)
-
+# Without Triton the line above skips this file.
+# isort: split
 from regularizers.ops.triton import sinkhorn as dense_kernels
 from regularizers.ops.triton import sinkhorn_control as control
 from regularizers.ops.triton import sinkhorn_iteration as iteration
 from regularizers.ops.triton import sinkhorn_points as points_kernels
 
 pytestmark = pytest.mark.interpreter
-DEVICE = "cpu" if interpreting() else "cuda"
 COSTS = ("sqeuclidean", "euclidean", "cosine")
 # Half of the digits: errors of rounding pass through a division by epsilon and many iterations.
 CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 2e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-9}}

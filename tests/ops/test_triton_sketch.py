@@ -1,14 +1,9 @@
-"""Triton kernels of the sliced statistics against the references: on a GPU or interpreted.
-
-The interpreter has to be chosen before import: TRITON_INTERPRET=1 python -m pytest this file.
-"""
-# ruff: noqa: E402 (without Triton there is nothing to import)
+"""Triton kernels of the sliced statistics against the references: on a GPU or interpreted."""
 
 import pytest
 import torch
 
 import regularizers
-from regularizers.backend import interpreting, why_unavailable
 from regularizers.ops import sliced_characteristic, sliced_epps_pulley, sliced_quantile
 from regularizers.ops.sketch import (
     CHARACTERISTIC,
@@ -19,15 +14,13 @@ from regularizers.ops.sketch import (
     QUANTILE_BACKWARD,
 )
 from tests.harness import DTYPES, TOLERANCES, forward_and_gradients
+from tests.triton_harness import DEVICE
 
-REASON = why_unavailable("triton")
-if REASON:
-    pytest.skip(REASON, allow_module_level=True)
-
+# Without Triton the line above skips this file.
+# isort: split
 from regularizers.ops.triton import sketch as kernels
 
 pytestmark = pytest.mark.interpreter
-DEVICE = "cpu" if interpreting() else "cuda"
 
 
 def _problem(views, rows, features, count, dtype=torch.float32, groups=None):

@@ -1,14 +1,9 @@
-"""Triton kernels of sparse transport against the references: on a GPU, or in the interpreter.
-
-The interpreter has to be chosen before import: TRITON_INTERPRET=1 python -m pytest this file.
-"""
-# ruff: noqa: E402 (without Triton there is nothing to import)
+"""Triton kernels of sparse transport against the references: on a GPU, or in the interpreter."""
 
 import pytest
 import torch
 
 import regularizers
-from regularizers.backend import interpreting, why_unavailable
 from regularizers.ops import (
     regularized_plan,
     sparse_projection,
@@ -16,38 +11,20 @@ from regularizers.ops import (
     transport_dual,
 )
 from regularizers.transport import SparsityConstrained, SquaredL2, regularized_ot
-from tests.harness import DTYPES, TOLERANCES, forward_and_gradients
+from tests.harness import DTYPES, TOLERANCES
+from tests.triton_harness import DEVICE, assert_agree, randn
 
-REASON = why_unavailable("triton")
-if REASON:
-    pytest.skip(REASON, allow_module_level=True)
-
+# Without Triton the line above skips this file.
+# isort: split
 from regularizers.ops.triton import sparse_ot as kernels
 
 pytestmark = pytest.mark.interpreter
-DEVICE = "cpu" if interpreting() else "cuda"
-
-
-def _randn(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
-
-
-def assert_agree(call, *tensors):
-    found = []
-    for backend in ("triton", "reference"):
-        with regularizers.use_backend(backend):
-            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-            result, gradients = forward_and_gradients(call, leaves)
-        found.append((result, *gradients))
-    for have, want in zip(*found, strict=True):
-        torch.testing.assert_close(have, want, **TOLERANCES[tensors[0].dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 7, 65])
 def test_projections_agree(dtype, size):
-    v, z = _randn(3, size, dtype=dtype), _randn(3, dtype=dtype, seed=1).abs()
+    v, z = randn(3, size, dtype=dtype), randn(3, dtype=dtype, seed=1).abs()
     for k in (None, 1, 5):
         assert_agree(lambda v, z, k=k: sparse_projection(v, z, k=k), v, z)
         assert_agree(lambda v, k=k: sparse_projection(v, None, k=k), v)
@@ -71,8 +48,8 @@ def test_nan_stays_in_its_row_and_no_mass_gives_zeros():
 
 
 def _problem(dtype, batch, n, m):
-    alpha, beta = 0.3 * _randn(batch, m), 0.3 * _randn(batch, n, seed=1) - 0.5
-    cost, a, b = _randn(batch, n, m, seed=2), _randn(batch, m, seed=3), _randn(batch, n, seed=4)
+    alpha, beta = 0.3 * randn(batch, m), 0.3 * randn(batch, n, seed=1) - 0.5
+    cost, a, b = randn(batch, n, m, seed=2), randn(batch, m, seed=3), randn(batch, n, seed=4)
     return [t.to(dtype) for t in (alpha, cost, a.abs(), b.abs() + 0.1, beta)]
 
 
@@ -117,7 +94,7 @@ def test_values_and_rows_agree():
 
 @pytest.mark.parametrize("regularizer", [SquaredL2(1.0), SparsityConstrained(1.0, 4)], ids=repr)
 def test_a_solver_runs_on_the_kernels(regularizer):
-    cost = _randn(9, 6).abs()
+    cost = randn(9, 6).abs()
     found = []
     for backend in ("triton", "reference"):
         with regularizers.use_backend(backend):

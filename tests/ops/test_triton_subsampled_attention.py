@@ -1,28 +1,16 @@
-"""Triton kernels of gathered attention against the references: on a GPU, or in the interpreter.
-
-The interpreter has to be chosen before import: TRITON_INTERPRET=1 python -m pytest this file.
-"""
+"""Triton kernels of gathered attention against the references: on a GPU, or in the interpreter."""
 
 import pytest
 import torch
 
 import regularizers
-from regularizers.backend import interpreting, why_unavailable
 from regularizers.ops import gathered_attention
 from regularizers.ops.subsampled_attention import SAMPLE_WORDS
-from tests.harness import DTYPES, TOLERANCES, forward_and_gradients
-
-REASON = why_unavailable("triton")
-if REASON:
-    pytest.skip(REASON, allow_module_level=True)
+from tests import triton_harness
+from tests.harness import DTYPES
+from tests.triton_harness import DEVICE, randn
 
 pytestmark = pytest.mark.interpreter
-DEVICE = "cpu" if interpreting() else "cuda"
-
-
-def _randn(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def _index(batch, tokens, n):
@@ -32,25 +20,15 @@ def _index(batch, tokens, n):
 
 
 def assert_agree(call, *tensors):
-    found = []
-    for backend in ("triton", "reference"):
-        with regularizers.use_backend(backend):
-            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-            result, gradients = forward_and_gradients(call, leaves)
-        found.append((result, *gradients))
-    # Half types: weights are rounded for the tensor cores, which the reference does not do.
-    dtype = tensors[0].dtype
-    factor = 3 if dtype.itemsize == 2 else 1
-    tolerances = {name: factor * value for name, value in TOLERANCES[dtype].items()}
-    for have, want in zip(*found, strict=True):
-        torch.testing.assert_close(have, want, **tolerances)
+    # Weights are rounded for the tensor cores, which the reference does not do.
+    triton_harness.assert_agree(call, *tensors, half_factor=3)
 
 
 def _problem(dtype, batch, queries, tokens, features, values):
     return (
-        _randn(batch, 2, queries, features, dtype=dtype),
-        _randn(batch, 2, tokens, features, dtype=dtype, seed=1),
-        _randn(batch, 2, tokens, values, dtype=dtype, seed=2),
+        randn(batch, 2, queries, features, dtype=dtype),
+        randn(batch, 2, tokens, features, dtype=dtype, seed=1),
+        randn(batch, 2, tokens, values, dtype=dtype, seed=2),
     )
 
 
@@ -70,7 +48,7 @@ def test_own_keys_causality_and_bias_agree(dtype):
     index = _index(2, 70, 20)
     own = torch.ones(2, 70, dtype=torch.bool, device=DEVICE).scatter(1, index, False)
     own[0, 0] = False
-    bias = _randn(1, 2, 70, 70, dtype=dtype, seed=3)
+    bias = randn(1, 2, 70, 70, dtype=dtype, seed=3)
     options = {"own": own, "is_causal": True}
     assert_agree(lambda q, k, v: gathered_attention(q, k, v, index, **options), *tensors)
     biased = lambda q, k, v, b: gathered_attention(q, k, v, index, attn_bias=b, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regularizers._shared.checks import (
     check_at_least,
@@ -17,6 +17,7 @@ from regularizers._shared.checks import (
     known_range,
 )
 from regularizers.mixing.functional import (
+    BatchMixer,
     MixBatch,
     check_labelled_batch,
     draw_partners,
@@ -24,7 +25,6 @@ from regularizers.mixing.functional import (
     label_weight_dtype,
     moved,
     sample_lambda,
-    unmixed,
 )
 from regularizers.ops.mix import MOST_BOX_SIDES, paste_boxes
 
@@ -188,7 +188,7 @@ def cutmix(
     )
 
 
-class CutMix(nn.Module):
+class CutMix(BatchMixer):
     r"""CutMix as a module: :func:`cutmix` in training, nothing in ``eval()``.
 
     .. math::
@@ -218,29 +218,4 @@ class CutMix(nn.Module):
         S. Yun et al., 2019, arXiv 1905.04899, from the authors' code.
     """
 
-    def __init__(self, alpha: float = 1.0, prob: float = 1.0, *, per_sample: bool = False) -> None:
-        super().__init__()
-        check_not_negative("alpha", alpha)
-        check_probability("prob", prob)
-        self.alpha = alpha
-        self.prob = prob
-        self.per_sample = per_sample
-
-    def forward(
-        self, x: Tensor, target: Tensor, *, generator: torch.Generator | None = None
-    ) -> MixBatch:
-        """Return the batch, mixed in training."""
-        if not self.training:
-            return unmixed(x, target)
-        return cutmix(
-            x,
-            target,
-            alpha=self.alpha,
-            prob=self.prob,
-            per_sample=self.per_sample,
-            generator=generator,
-        )
-
-    def extra_repr(self) -> str:
-        """Describe the configuration."""
-        return f"alpha={self.alpha:g}, prob={self.prob:g}, per_sample={self.per_sample}"
+    _mixes = staticmethod(cutmix)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regularizers._shared.checks import (
@@ -218,6 +218,39 @@ def unmixed(x: Tensor, target: Tensor) -> MixBatch:
     check_labelled_batch(x, target)
     one = torch.ones((), dtype=label_weight_dtype(x), device=x.device)
     return MixBatch(x, target, target, one, torch.arange(x.shape[0], device=x.device))
+
+
+class BatchMixer(nn.Module):
+    """What MixUp and CutMix share as modules: they mix in training and do nothing in ``eval()``."""
+
+    _mixes: Callable[..., MixBatch]
+
+    def __init__(self, alpha: float = 1.0, prob: float = 1.0, *, per_sample: bool = False) -> None:
+        super().__init__()
+        check_not_negative("alpha", alpha)
+        check_probability("prob", prob)
+        self.alpha = alpha
+        self.prob = prob
+        self.per_sample = per_sample
+
+    def forward(
+        self, x: Tensor, target: Tensor, *, generator: torch.Generator | None = None
+    ) -> MixBatch:
+        """Return the batch, mixed in training."""
+        if not self.training:
+            return unmixed(x, target)
+        return self._mixes(
+            x,
+            target,
+            alpha=self.alpha,
+            prob=self.prob,
+            per_sample=self.per_sample,
+            generator=generator,
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the configuration."""
+        return f"alpha={self.alpha:g}, prob={self.prob:g}, per_sample={self.per_sample}"
 
 
 def check_labelled_batch(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regularizers._shared.checks import check_floating, check_not_negative, check_probability
 from regularizers.mixing.functional import (
+    BatchMixer,
     MixBatch,
     check_labelled_batch,
     draw_partners,
@@ -14,7 +15,6 @@ from regularizers.mixing.functional import (
     mix,
     moved,
     sample_lambda,
-    unmixed,
 )
 
 
@@ -86,7 +86,7 @@ def mixup(
     return MixBatch(mix(x, partners, weight), target, target[partners], weight, partners)
 
 
-class MixUp(nn.Module):
+class MixUp(BatchMixer):
     r"""MixUp as a module: :func:`mixup` in training, nothing in ``eval()``.
 
     .. math:: \tilde x = \lambda x + (1 - \lambda) x_\pi, \qquad
@@ -115,29 +115,4 @@ class MixUp(nn.Module):
         H. Zhang et al., 2018, arXiv 1710.09412; the baseline of paper 22.
     """
 
-    def __init__(self, alpha: float = 1.0, prob: float = 1.0, *, per_sample: bool = False) -> None:
-        super().__init__()
-        check_not_negative("alpha", alpha)
-        check_probability("prob", prob)
-        self.alpha = alpha
-        self.prob = prob
-        self.per_sample = per_sample
-
-    def forward(
-        self, x: Tensor, target: Tensor, *, generator: torch.Generator | None = None
-    ) -> MixBatch:
-        """Return the batch, mixed in training."""
-        if not self.training:
-            return unmixed(x, target)
-        return mixup(
-            x,
-            target,
-            alpha=self.alpha,
-            prob=self.prob,
-            per_sample=self.per_sample,
-            generator=generator,
-        )
-
-    def extra_repr(self) -> str:
-        """Describe the configuration."""
-        return f"alpha={self.alpha:g}, prob={self.prob:g}, per_sample={self.per_sample}"
+    _mixes = staticmethod(mixup)
