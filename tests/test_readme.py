@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
+from regularizers import catalog
 from regularizers._bench.results import Report
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +82,62 @@ ROWS = [
         "torch.compile",
         "products",
     ),
+    Row(
+        "`prefix_linear`, k uniform for each row, forward and backward, 512 x 2048 to 1000",
+        "nested",
+        "prefix_linear, k uniform a row, forward and backward, x [512, 2048], C = 1000",
+        "mask, then multiply",
+        "torch.compile",
+        "a dense layer of D / 2 features",
+    ),
+    Row(
+        "`prefix_accuracy`, all 512 prefixes, 100 classes",
+        "nested",
+        "prefix_accuracy, x [512, 512], C = 100",
+        "loop over prefixes",
+        "cumsum",
+        "one dense layer",
+    ),
+    Row(
+        "`gathered_attention`, 512 of 2048 keys, forward and backward",
+        "subsampled_attention",
+        "attention to n = 512 of 2048 keys, forward and backward",
+        "dense",
+        "gather",
+        "as many operations in large products",
+    ),
+    Row(
+        "`drop_block`, 32 x 64 x 56 x 56",
+        "drop_block",
+        "drop_block, x [32, 64, 56, 56]",
+        "eager",
+        "torch.compile",
+        "copy",
+    ),
+    Row(
+        "`paste_boxes` (CutMix), a box for each, 64 x 3 x 224 x 224",
+        "mix",
+        "paste_boxes, a box for each, x [64, 3, 224, 224]",
+        "mask + where",
+        "torch.compile",
+        "copy, 2 passes",
+    ),
+    Row(
+        "`nearest_code`, 4096 tokens, 16384 codes, 64 features",
+        "code_search",
+        "nearest code, 4096 tokens, 16384 codes, 64 features",
+        "eager",
+        "torch.compile",
+        "best product",
+    ),
+    Row(
+        "`AdamHD` step, 16 tensors of 2^20",
+        "decay",
+        "AdamHD, threshold tracked, 16 tensors of 1048576",
+        "foreach",
+        "AdamW(fused=True)",
+        "copy",
+    ),
 ]
 
 
@@ -111,6 +170,13 @@ def _between_marks(text):
 
 def test_figures_are_those_of_the_committed_benchmarks():
     assert _between_marks((ROOT / "README.md").read_text())[0] == figures()
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/index.md"])
+def test_the_number_of_papers_is_that_of_the_catalog(file):
+    whole = len(catalog.papers(status="implemented"))
+    text = " ".join((ROOT / file).read_text().split())
+    assert f"{whole} of the {len(catalog.papers())} papers" in text
 
 
 if __name__ == "__main__":
