@@ -9,13 +9,21 @@ from regularizers.optim.decay import (
     l1_decay_,
     l2_decay_,
 )
+from regularizers.optim.generalized_gaussian import (
+    GeneralizedGaussian,
+    estimate_shape,
+    gg_init_,
+)
 
 __all__ = [
     "AdamHD",
     "DecoupledOptimizer",
+    "GeneralizedGaussian",
     "HuberDecay",
     "WeightDecayScheduler",
     "delta_decay_",
+    "estimate_shape",
+    "gg_init_",
     "huber_decay_",
     "huber_penalty",
     "l1_decay_",
