@@ -100,16 +100,17 @@ def test_samples_follow_the_distribution_function(shape):
 
 
 def test_distribution_expands_broadcasts_and_validates():
-    law = GeneralizedGaussian(torch.zeros(3), 1.0, torch.tensor([[0.5], [2.0]]))
+    # torch.compile, when it is first used, turns the default of validate_args off.
+    law = GeneralizedGaussian(torch.zeros(3), 1.0, torch.tensor([[0.5], [2.0]]), True)
     assert law.batch_shape == (2, 3)
     assert law.sample((4,)).shape == (4, 2, 3)
     assert law.expand((5, 2, 3)).log_prob(torch.zeros(3)).shape == (5, 2, 3)
     assert law.mean is law.loc
     assert law.mode is law.loc
     for name, call in (
-        ("alpha", lambda: GeneralizedGaussian(0.0, 0.0, 1.0)),
-        ("shape", lambda: GeneralizedGaussian(0.0, 1.0, 0.0)),
-        ("shape", lambda: GeneralizedGaussian(0.0, 1.0, 10.5)),
+        ("alpha", lambda: GeneralizedGaussian(0.0, 0.0, 1.0, True)),
+        ("shape", lambda: GeneralizedGaussian(0.0, 1.0, 0.0, True)),
+        ("shape", lambda: GeneralizedGaussian(0.0, 1.0, 10.5, True)),
         ("shape", lambda: GeneralizedGaussian.from_stddev(0.0, 1.0, -1.0)),
         ("value", lambda: law.log_prob(torch.tensor(math.nan))),
         ("value", lambda: law.icdf(torch.tensor(1.5))),

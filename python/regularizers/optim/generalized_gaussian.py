@@ -6,7 +6,6 @@ Notation: nu is the shape, alpha the scale (not the standard deviation), a = 1 /
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -300,23 +299,23 @@ def _log_ratio(nu: Tensor) -> Tensor:
     return torch.lgamma(a) + torch.lgamma(3 * a) - 2 * torch.lgamma(2 * a)
 
 
-@lru_cache(maxsize=8)
-def _ratio_table(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    # Shapes from large to small, so that the ratios ascend; steps of two per cent.
-    bounds = (math.log(LARGEST_SHAPE), math.log(SMALLEST_FIT))
-    log_nu = torch.linspace(*bounds, 257, dtype=torch.float64)
-    return _log_ratio(log_nu.exp()).to(device, dtype), log_nu.to(device, dtype)
-
-
 def _invert_ratio(log_ratio: Tensor) -> Tensor:
-    ratios, log_nus = _ratio_table(log_ratio.dtype, log_ratio.device)
-    at = torch.searchsorted(ratios, log_ratio).clamp(1, ratios.numel() - 1)
-    share = ((log_ratio - ratios[at - 1]) / (ratios[at] - ratios[at - 1])).clamp(0, 1)
-    nu = torch.lerp(log_nus[at - 1], log_nus[at], share).exp()
+    # A table of shapes in steps of two per cent, from large to small so that the ratios ascend.
+    log_nus = torch.linspace(
+        math.log(LARGEST_SHAPE),
+        math.log(SMALLEST_FIT),
+        257,
+        dtype=log_ratio.dtype,
+        device=log_ratio.device,
+    )
+    ratios = _log_ratio(log_nus.exp())
+    upper = torch.searchsorted(ratios, log_ratio).clamp(1, ratios.numel() - 1)
+    lower = upper - 1
+    share = (log_ratio - ratios.take(lower)) / (ratios.take(upper) - ratios.take(lower))
+    nu = torch.lerp(log_nus.take(lower), log_nus.take(upper), share.clamp(0, 1)).exp()
     a = 1 / nu
-    slope = -a * (
-        torch.digamma(a) + 3 * torch.digamma(3 * a) - 4 * torch.digamma(2 * a)
-    )  # of log(rho) in log(nu)
+    # One Newton step, of log(rho) in log(nu).
+    slope = -a * (torch.digamma(a) + 3 * torch.digamma(3 * a) - 4 * torch.digamma(2 * a))
     nu = nu * (-(_log_ratio(nu) - log_ratio) / slope).exp()
     return nu.clamp(SMALLEST_FIT, LARGEST_SHAPE)
 
