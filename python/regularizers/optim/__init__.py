@@ -17,13 +17,16 @@ from regularizers.optim.generalized_gaussian import (
     estimate_shape,
     gg_init_,
 )
+from regularizers.optim.minifloat import RF8, MiniFloat
 
 __all__ = [
+    "RF8",
     "AdamHD",
     "BackSlash",
     "DecoupledOptimizer",
     "GeneralizedGaussian",
     "HuberDecay",
+    "MiniFloat",
     "WeightDecayScheduler",
     "deepshape_",
     "delta_decay_",
