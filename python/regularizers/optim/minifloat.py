@@ -147,10 +147,12 @@ class MiniFloat:
         exponent = torch.where(size > 0, exponent, least)  # frexp gives 0 the exponent 0
         base = (exponent - least) * 2**self.man_bits
         steps = size * torch.exp2(self.man_bits - exponent)
-        # 2^M codes a binade; a mantissa that rounds up to 2 carries into the next by itself. With
-        # no mantissa bits every other binade begins at an odd code, which ties must know of.
-        odd = base % 2
-        code = base + odd + torch.round(steps - odd)
+        # 2^M codes a binade; a mantissa that rounds up to 2 carries into the next by itself.
+        if self.man_bits > 0:
+            code = base + torch.round(steps)
+        else:  # every other binade begins at an odd code, which ties must know of
+            odd = base % 2
+            code = base + odd + torch.round(steps - odd)
         if self.has_inf_nan:
             code = code.clamp(max=self._infinity)
             code = torch.where(size.isinf(), self._infinity, code)
