@@ -82,8 +82,7 @@ def entropy_bits(q: Tensor) -> Tensor:
     return bits
 
 
-def _check_integers(q: object) -> None:
+def _check_integers(q: Tensor) -> None:
     check_tensor("q", q)
-    assert isinstance(q, Tensor)
     if q.is_floating_point() or q.is_complex() or q.dtype == torch.bool:
         raise TypeError(f"q must hold integers, got {q.dtype}")

@@ -52,7 +52,7 @@ class GeneralizedGaussian(Distribution):
     Args:
         loc: :math:`\mu`, the centre.
         alpha: :math:`\alpha`, the scale, above 0. Not the standard deviation: that is
-            :attr:`stddev`; :meth:`from_stddev` starts there.
+            ``stddev``; :meth:`from_stddev` starts there.
         shape: :math:`\nu`, in (0, 10].
         validate_args: as for every distribution of torch.
 

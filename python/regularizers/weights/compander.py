@@ -183,7 +183,7 @@ class WeightCompander(nn.Module):
 
     @property
     def bound(self) -> Tensor:
-        """What no effective weight exceeds in size: ``[]``, or one number a channel."""
+        """The size that no effective weight exceeds, ``[]`` or one number a channel."""
         return _bound(self.kind) * self.log_a.detach().exp()
 
     def forward(self, v: Tensor) -> Tensor:
