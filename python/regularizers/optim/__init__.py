@@ -9,15 +9,21 @@ from regularizers.optim.decay import (
     l1_decay_,
     l2_decay_,
 )
+from regularizers.optim.muon import Muon, muon_param_groups
+from regularizers.optim.spectral import newton_schulz, spectral_stats
 
 __all__ = [
     "AdamHD",
     "DecoupledOptimizer",
     "HuberDecay",
+    "Muon",
     "WeightDecayScheduler",
     "delta_decay_",
     "huber_decay_",
     "huber_penalty",
     "l1_decay_",
     "l2_decay_",
+    "muon_param_groups",
+    "newton_schulz",
+    "spectral_stats",
 ]
