@@ -10,20 +10,34 @@ from regularizers.optim.decay import (
     l2_decay_,
 )
 from regularizers.optim.muon import Muon, muon_param_groups
+from regularizers.optim.orthograd import OrthoGrad, nlm_alignment, orthogonalize_grad_
 from regularizers.optim.spectral import newton_schulz, spectral_stats
+from regularizers.optim.stablemax import (
+    log_stablemax,
+    softmax_collapse_fraction,
+    stablemax,
+    stablemax_cross_entropy,
+)
 
 __all__ = [
     "AdamHD",
     "DecoupledOptimizer",
     "HuberDecay",
     "Muon",
+    "OrthoGrad",
     "WeightDecayScheduler",
     "delta_decay_",
     "huber_decay_",
     "huber_penalty",
     "l1_decay_",
     "l2_decay_",
+    "log_stablemax",
     "muon_param_groups",
     "newton_schulz",
+    "nlm_alignment",
+    "orthogonalize_grad_",
+    "softmax_collapse_fraction",
     "spectral_stats",
+    "stablemax",
+    "stablemax_cross_entropy",
 ]
