@@ -208,7 +208,7 @@ def test_equal_shapes_share_products(monkeypatch):
     train(Muon, 1)
     assert sizes == [(3, 7, 12), (1, 9, 9), (1, 1, 5)]  # also the transposed one
     sizes.clear()
-    monkeypatch.setattr(muon, "STACK_ELEMENTS", 2 * 84)
+    monkeypatch.setitem(muon.STACK_ELEMENTS, "cpu", 2 * 84)
     train(Muon, 1)
     assert sizes == [(2, 7, 12), (1, 7, 12), (1, 9, 9), (1, 1, 5)]
 

@@ -25,8 +25,10 @@ from regularizers.optim.spectral import COEFFICIENTS, check_coefficients, iterat
 
 ADJUSTMENTS = ("original", "match_rms_adamw", "none")
 EXCLUDED = ("*embed*", "lm_head", "head", "heads")
-# Matrices of one shape share a product while they are small; a product of this size fills a GPU.
-STACK_ELEMENTS = 1 << 24
+# Matrices of one shape share products up to so many elements: on a CPU beyond that a product alone
+# is as fast, a GPU is filled by it.
+STACK_ELEMENTS = {"cpu": 1 << 17}
+MOST_STACK_ELEMENTS = 1 << 24
 
 
 class Muon(DecoupledOptimizer):
@@ -227,12 +229,13 @@ def _bins(params: Sequence[Tensor], group: Group) -> list[list[int]]:
     """
     open_bins: dict[frozenset[tuple[int, int]], list[int]] = {}
     filled: dict[frozenset[tuple[int, int]], int] = {}
+    room = STACK_ELEMENTS.get(params[0].device.type, MOST_STACK_ELEMENTS)
     bins = []
     for i, param in enumerate(params):
         rows, columns = _matrix_shape(param, group)
         sizes = _sizes(rows, group["chunks"])
         key = frozenset((min(size, columns), max(size, columns)) for size in sizes)
-        if key not in open_bins or filled[key] + param.numel() > STACK_ELEMENTS:
+        if key not in open_bins or filled[key] + param.numel() > room:
             open_bins[key], filled[key] = [], 0
             bins.append(open_bins[key])
         open_bins[key].append(i)
@@ -260,9 +263,10 @@ def _orthogonalised(updates: list[Any], group: Group) -> list[Tensor]:
             flat[i] = (piece.mT if m > n else piece).to(part.dtype)
     steps, begin = [], 0
     for update, whole, own in zip(updates, wholes, chunks, strict=True):
-        rows = [part * _scale(part, whole, group) for part in flat[begin : begin + len(own)]]
+        rows = [part.mul_(_scale(part, whole, group)) for part in flat[begin : begin + len(own)]]
         begin += len(own)
-        steps.append(_shard(_as_parameter(torch.cat(rows, dim=1), whole, group), update, group))
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+        steps.append(_shard(_as_parameter(joined, whole, group), update, group))
     return steps
 
 
