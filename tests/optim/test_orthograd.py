@@ -286,3 +286,33 @@ def test_bad_input_is_named_before_anything_changes():
     number.grad = torch.ones_like(number)
     with pytest.raises(TypeError, match="params"):
         orthogonalize_grad_(number)
+
+
+@pytest.mark.slow
+def test_modular_addition_is_grokked_with_projection_alone():
+    p, steps = 31, 450
+    a, b = torch.meshgrid(torch.arange(p), torch.arange(p), indexing="ij")
+    y = ((a + b) % p).flatten()
+    one_hot = nn.functional.one_hot
+    x = torch.cat([one_hot(a.flatten(), p), one_hot(b.flatten(), p)], 1).float()
+    order = torch.randperm(p * p, generator=torch.Generator().manual_seed(0))
+    seen, unseen = order[:576], order[576:]
+    found = {}
+    for projected in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Linear(2 * p, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, p)
+        )
+        for parameter in net.parameters():
+            parameter.data *= 2  # the projection keeps norms, and the default ones are too small
+        groups = [{"params": list(net.parameters()), "orthogonalize": projected}]
+        options = {"eps": 1e-25, "weight_decay": 0.0}
+        optimizer = OrthoGrad(groups, torch.optim.AdamW, lr=1e-3, base_options=options)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[seen]), y[seen]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            found[projected] = (net(x[unseen]).argmax(1) == y[unseen]).float().mean().item()
+    assert found[True] > 0.6
+    assert found[False] < 0.1
