@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from regularizers.optim import AdamHD, HuberDecay
+from regularizers.optim import AdamHD, HuberDecay, Muon, nlm_alignment, orthogonalize_grad_
 
 WORLD = 2
 STEPS = 4
@@ -70,6 +70,34 @@ def _wrapped(place):
     return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in params]
 
 
+# A matrix in even, in uneven and in empty shards; experts by themselves, a fused projection.
+MATRICES = ((4, 3), (5, 2), (1, 6), (3, 4, 2), (6, 2))
+
+
+def _train_muon(place):
+    """Parameters after some steps of Muon, and gradients projected by OrthoGrad."""
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+    params = [nn.Parameter(place(draw(shape))) for shape in MATRICES]
+    groups = [
+        {"params": params[:3]},
+        {"params": params[3:4], "expert_dim": 0},
+        {"params": params[4:], "chunks": 3},
+    ]
+    optimizer = Muon(groups, lr=0.1, weight_decay=0.5, ns_dtype=None)
+    for _ in range(STEPS):
+        for p, shape in zip(params, MATRICES, strict=True):
+            p.grad = place(draw(shape))
+        optimizer.step()
+    found = [p.detach() for p in params]
+    alignment = nlm_alignment(params)
+    for per in ("row", "tensor", "global"):
+        orthogonalize_grad_(params, per=per)
+        found += [p.grad.clone() for p in params]
+    found = [x.full_tensor() if isinstance(x, DTensor) else x for x in found]
+    return [*found, alignment]
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -120,6 +148,7 @@ def _process(rank, folder):
     ):
         found[name] = _train(place, **options)[:3]
     found["wrapper"] = _wrapped(shard)
+    found["muon"] = _train_muon(shard)
     own = slice(3 * rank, 3 * (rank + 1))
     wrapped = DistributedDataParallel(_model())
     _train_model(wrapped, _rows()[:, own])
@@ -168,6 +197,12 @@ def test_a_step_makes_one_all_reduce_of_one_vector(processes):
 def test_wrapper_takes_its_thresholds_from_whole_tensors(processes):
     for found in processes:
         torch.testing.assert_close(found["wrapper"], _wrapped(lambda x: x.clone()))
+
+
+def test_sharded_matrices_are_orthogonalised_and_projected_as_whole_ones(processes):
+    want = _train_muon(lambda x: x.clone())
+    for found in processes:
+        torch.testing.assert_close(found["muon"], want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP2"])
