@@ -16,6 +16,7 @@ from regularizers.optim.decay import (
     l2_decay_,
 )
 from regularizers.optim.lowrank import LowRankLinear, inject_low_rank, merge_low_rank
+from regularizers.optim.soma import SoMALinear, WeightDecayAnnealing, inject_soma
 
 __all__ = [
     "ALLoRALinear",
@@ -23,12 +24,15 @@ __all__ = [
     "DecoupledOptimizer",
     "HuberDecay",
     "LowRankLinear",
+    "SoMALinear",
+    "WeightDecayAnnealing",
     "WeightDecayScheduler",
     "delta_decay_",
     "huber_decay_",
     "huber_penalty",
     "inject_allora",
     "inject_low_rank",
+    "inject_soma",
     "l1_decay_",
     "l2_decay_",
     "merge_low_rank",

@@ -226,7 +226,7 @@ def inject_low_rank(
         if where is None or where(name)
     }
     if not chosen:
-        raise ValueError(f"target must match a linear layer of the model, got {target!r}")
+        raise ValueError(f"target must match a linear layer that may be adapted, got {target!r}")
     for layer, name in chosen.items():
         check_linear(name, layer)
     # All layers are made before the model is touched: one may refuse its rank.
