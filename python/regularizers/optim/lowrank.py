@@ -222,7 +222,7 @@ def inject_low_rank(
     chosen = {
         module: name
         for name, module in model.named_modules()
-        if name and isinstance(module, nn.Linear) and _matches(target, name)
+        if name and isinstance(module, nn.Linear) and matches(target, name)
         if where is None or where(name)
     }
     if not chosen:
@@ -240,7 +240,7 @@ def inject_low_rank(
     stays = {
         parameter
         for name, parameter in model.named_parameters()
-        if kept[parameter] and _matches(trainable, name.rpartition(".")[0], inside=True)
+        if kept[parameter] and matches(trainable, name.rpartition(".")[0], inside=True)
     }
     adapted = {parameter for layer in layers.values() for parameter in layer.parameters()}
     for parameter in model.parameters():
@@ -278,7 +278,7 @@ def merge_low_rank(model: Model) -> Model:
     return replace_modules(model, plain)  # type: ignore[return-value]
 
 
-def _matches(patterns: str | Sequence[str], name: str, *, inside: bool = False) -> bool:
+def matches(patterns: str | Sequence[str], name: str, *, inside: bool = False) -> bool:
     """Whether a pattern is the end of a dotted name, or, ``inside``, any run of its parts."""
     tail = r"(\..*)?" if inside else ""
     every = (patterns,) if isinstance(patterns, str) else patterns
