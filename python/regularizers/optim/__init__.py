@@ -1,6 +1,7 @@
 """Optimizers and decays that regularize through the update itself."""
 
 from regularizers.optim.adamhd import AdamHD, HuberDecay, huber_penalty
+from regularizers.optim.adamr import AdamR
 from regularizers.optim.allora import (
     ALLoRALinear,
     inject_allora,
@@ -38,6 +39,7 @@ __all__ = [
     "ALLoRALinear",
     "ActivationMean",
     "AdamHD",
+    "AdamR",
     "DecoupledOptimizer",
     "HuberDecay",
     "LowRankLinear",
