@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from regularizers.optim._batch import Batch, global_sums, local
+from regularizers.ops._operator import accumulate_dtype
+from regularizers.optim._batch import Batch, global_sums
 from regularizers.optim.base import DecoupledOptimizer, Group
 
 SUM = "exp_avg_sq_sum"
@@ -138,7 +139,10 @@ class AdamR(DecoupledOptimizer):
             batch.vectors.pop(SUM, None)
         scale = getattr(self, "grad_scale", None)
         for batch in batches:
-            norms = torch.stack([_norm(local(grad)) for grad in batch.grads])
+            # Summed in float32: with float64 as their dtype norms would first copy the gradients.
+            wide = accumulate_dtype(batch.dtype)
+            grads = self._shards_of_grads(batch)
+            norms = torch.stack(torch._foreach_norm(grads, 2, dtype=wide)).double()
             norms = norms if scale is None else norms / scale.to(batch.device)
             batch.sums.copy_(norms.square())
         global_sums(batches)
@@ -180,8 +184,3 @@ class AdamR(DecoupledOptimizer):
 
 def _like_parameter(param: Tensor) -> Tensor:
     return torch.zeros_like(param.detach(), memory_format=torch.preserve_format)
-
-
-def _norm(grad: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.float64)
-    return norm
