@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from regularizers.optim import AdamHD, HuberDecay
+from regularizers.optim import AdamHD, AdamR, HuberDecay
 
 WORLD = 2
 STEPS = 4
@@ -70,6 +70,18 @@ def _wrapped(place):
     return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in params]
 
 
+def _towards_zero(place):
+    """Parameters after steps of AdamR, whose scale is that of all gradients of all processes."""
+    params = [nn.Parameter(place(x)) for x in _full()]
+    reference = [place(torch.zeros_like(x)) for x in _full()]
+    optimizer = AdamR(params, reference, lr=0.1, weight_decay=0.5)
+    for t in range(STEPS):
+        for p, grad in zip(params, _gradients(t), strict=True):
+            p.grad = place(grad)
+        optimizer.step()
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in params]
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -120,6 +132,7 @@ def _process(rank, folder):
     ):
         found[name] = _train(place, **options)[:3]
     found["wrapper"] = _wrapped(shard)
+    found["AdamR"] = _towards_zero(shard)
     own = slice(3 * rank, 3 * (rank + 1))
     wrapped = DistributedDataParallel(_model())
     _train_model(wrapped, _rows()[:, own])
@@ -168,6 +181,11 @@ def test_a_step_makes_one_all_reduce_of_one_vector(processes):
 def test_wrapper_takes_its_thresholds_from_whole_tensors(processes):
     for found in processes:
         torch.testing.assert_close(found["wrapper"], _wrapped(lambda x: x.clone()))
+
+
+def test_scale_of_adamr_is_that_of_all_shards(processes):
+    for found in processes:
+        torch.testing.assert_close(found["AdamR"], _towards_zero(lambda x: x.clone()))
 
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP2"])

@@ -48,7 +48,8 @@ class DecoupledOptimizer(Optimizer):
 
     A subclass overrides the ones that differ. While only ``transform_grad`` and the penalty are its
     own, steps run as one fused pass over all tensors (:func:`regularizers.ops.decoupled_adam_`);
-    else a parameter at a time. ``init_state`` adds entries to the state; ``before_step`` and
+    else a parameter at a time. ``decay_strength(group)`` and ``penalty_of(group)`` say how strong
+    the decay is and which, in both. ``init_state`` adds entries to the state; ``before_step`` and
     ``after_step`` see all that is stepped. A state entry ``reference`` (dtype of the parameter) or
     ``mask`` (bool) of a parameter's shape makes the decay pull there, or act only there.
 
