@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from regularizers.optim import AdamHD, HuberDecay, Muon, nlm_alignment, orthogonalize_grad_
+from regularizers.optim import AdamHD, AdamR, HuberDecay
 
 WORLD = 2
 STEPS = 4
@@ -96,6 +97,15 @@ def _train_muon(place):
         found += [p.grad.clone() for p in params]
     found = [x.full_tensor() if isinstance(x, DTensor) else x for x in found]
     return [*found, alignment]
+def _towards_zero(place):
+    """Parameters after steps of AdamR, whose scale is that of all gradients of all processes."""
+    params = [nn.Parameter(place(x)) for x in _full()]
+    reference = [place(torch.zeros_like(x)) for x in _full()]
+    optimizer = AdamR(params, reference, lr=0.1, weight_decay=0.5)
+    for t in range(STEPS):
+        for p, grad in zip(params, _gradients(t), strict=True):
+            p.grad = place(grad)
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in params]
 
 
 class Model(nn.Module):
@@ -149,6 +159,7 @@ def _process(rank, folder):
         found[name] = _train(place, **options)[:3]
     found["wrapper"] = _wrapped(shard)
     found["muon"] = _train_muon(shard)
+    found["AdamR"] = _towards_zero(shard)
     own = slice(3 * rank, 3 * (rank + 1))
     wrapped = DistributedDataParallel(_model())
     _train_model(wrapped, _rows()[:, own])
@@ -203,6 +214,8 @@ def test_sharded_matrices_are_orthogonalised_and_projected_as_whole_ones(process
     want = _train_muon(lambda x: x.clone())
     for found in processes:
         torch.testing.assert_close(found["muon"], want, rtol=0, atol=1e-12)
+def test_scale_of_adamr_is_that_of_all_shards(processes):
+        torch.testing.assert_close(found["AdamR"], _towards_zero(lambda x: x.clone()))
 
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP2"])

@@ -48,7 +48,8 @@ class DecoupledOptimizer(Optimizer):
 
     A subclass overrides the ones that differ. While only ``transform_grad`` and the penalty are its
     own, steps run as one fused pass over all tensors (:func:`regularizers.ops.decoupled_adam_`);
-    else a parameter at a time. ``init_state`` adds entries to the state; ``before_step`` and
+    else a parameter at a time. ``decay_strength(group)`` and ``penalty_of(group)`` say how strong
+    the decay is and which, in both. ``init_state`` adds entries to the state; ``before_step`` and
     ``after_step`` see all that is stepped. A state entry ``reference`` (dtype of the parameter) or
     ``mask`` (bool) of a parameter's shape makes the decay pull there, or act only there.
 
@@ -145,12 +146,21 @@ class DecoupledOptimizer(Optimizer):
             offset = reference - state["reference"].to(reference.dtype)
         amount = decay_amount(
             offset,
-            _like(lr * group["weight_decay"], offset),
-            self.penalty,
+            _like(lr * self.decay_strength(group), offset),
+            self.penalty_of(group),
             prox=group["decay_mode"] == "prox",
             delta=self._threshold(state, group, offset),
         )
         p.sub_(torch.where(state["mask"], amount, 0) if "mask" in state else amount)
+
+    def decay_strength(self, group: Group) -> float | Tensor:
+        """Return the strength of the decay per unit of learning rate."""
+        strength: float | Tensor = group["weight_decay"]
+        return strength
+
+    def penalty_of(self, group: Group) -> str:
+        """Return the penalty of a group."""
+        return self.penalty
 
     def _threshold(self, state: State, group: Group, like: Tensor) -> Tensor | None:
         """Return the threshold of the penalty for one parameter, where it has one."""
@@ -271,7 +281,8 @@ class DecoupledOptimizer(Optimizer):
         grads = self._shards_of_grads(batch)
         beta1, beta2 = group["betas"]
         scalars = [
-            _scalar(value, device) for value in (group["lr"], group["weight_decay"], beta1, beta2)
+            _scalar(value, device)
+            for value in (group["lr"], self.decay_strength(group), beta1, beta2)
         ]
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         if grad_scale is not None:
@@ -294,7 +305,7 @@ class DecoupledOptimizer(Optimizer):
                 weight_decay=scalars[1],
                 betas=(scalars[2], scalars[3]),
                 eps=group["eps"],
-                penalty=self.penalty,
+                penalty=self.penalty_of(group),
                 prox=prox,
                 decay_first=first,
                 deltas=deltas,
@@ -319,7 +330,7 @@ class DecoupledOptimizer(Optimizer):
             found_inf,
             seed,
             group["eps"],
-            PENALTIES.index(self.penalty),
+            PENALTIES.index(self.penalty_of(group)),
             prox,
             first,
             group["maximize"],
