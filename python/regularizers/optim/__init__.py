@@ -9,15 +9,41 @@ from regularizers.optim.decay import (
     l1_decay_,
     l2_decay_,
 )
+from regularizers.optim.gradient_dropout import (
+    GradientDropout,
+    gradient_dropout,
+    keep_probability,
+    soft_kl,
+)
+from regularizers.optim.mask_tuning import (
+    BinaryMask,
+    attach_masks,
+    binarize_ste,
+    fold_masks,
+    mask_norm,
+    masked_fraction,
+    select_parameters,
+)
 
 __all__ = [
     "AdamHD",
+    "BinaryMask",
     "DecoupledOptimizer",
+    "GradientDropout",
     "HuberDecay",
     "WeightDecayScheduler",
+    "attach_masks",
+    "binarize_ste",
     "delta_decay_",
+    "fold_masks",
+    "gradient_dropout",
     "huber_decay_",
     "huber_penalty",
+    "keep_probability",
     "l1_decay_",
     "l2_decay_",
+    "mask_norm",
+    "masked_fraction",
+    "select_parameters",
+    "soft_kl",
 ]
