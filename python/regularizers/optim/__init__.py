@@ -15,6 +15,14 @@ from regularizers.optim.gradient_dropout import (
     keep_probability,
     soft_kl,
 )
+from regularizers.optim.infinite_compute import (
+    LocalOptimum,
+    LogitEnsemble,
+    distill_loss,
+    ensemble_nll,
+    locally_optimal,
+    member_setting,
+)
 from regularizers.optim.mask_tuning import (
     BinaryMask,
     attach_masks,
@@ -31,10 +39,14 @@ __all__ = [
     "DecoupledOptimizer",
     "GradientDropout",
     "HuberDecay",
+    "LocalOptimum",
+    "LogitEnsemble",
     "WeightDecayScheduler",
     "attach_masks",
     "binarize_ste",
     "delta_decay_",
+    "distill_loss",
+    "ensemble_nll",
     "fold_masks",
     "gradient_dropout",
     "huber_decay_",
@@ -42,8 +54,10 @@ __all__ = [
     "keep_probability",
     "l1_decay_",
     "l2_decay_",
+    "locally_optimal",
     "mask_norm",
     "masked_fraction",
+    "member_setting",
     "select_parameters",
     "soft_kl",
 ]
