@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from regularizers import use_backend
 from regularizers.ops import philox_words
 from regularizers.optim import GradientDropout, gradient_dropout, keep_probability, soft_kl
 
@@ -125,6 +126,21 @@ def test_vmapped_gradients_draw_the_reference_words():
     rows = torch.func.vmap(lambda a, b: gradient_dropout(a, b, seed=seed))(task, reg)
     for row, a, b in zip(rows, task, reg, strict=True):
         assert torch.equal(row, gradient_dropout(a, b, seed=1))
+
+
+def test_memory_layout_and_backend_change_no_entry():
+    task, reg = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    expected = gradient_dropout(task, reg, seed=1)
+    last = task.to(memory_format=torch.channels_last)
+    assert torch.equal(gradient_dropout(last, reg, seed=1), expected)
+    with use_backend("reference"):
+        assert torch.equal(gradient_dropout(task, reg, seed=1), expected)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (5,)])
+def test_sizes_that_are_no_multiple_of_a_philox_call(shape):
+    g = torch.ones(shape)
+    assert torch.equal(gradient_dropout(g, g, seed=1), g)
 
 
 def test_generators_of_one_state_drop_the_same():

@@ -106,6 +106,12 @@ def test_asymptote_on_a_bound_warns_and_is_flagged():
     assert abs(fit.alpha - 0.5) < 1e-8
 
 
+@pytest.mark.parametrize("losses", [[1.0, 2, 3, 4], [2.0, 2, 2, 2]])
+def test_losses_that_do_not_fall_warn_and_are_flagged(losses):
+    with pytest.warns(UserWarning, match="not identifiable"):
+        assert not fit_power_law([1.0, 2, 3, 4], losses).identifiable
+
+
 def test_bounds_are_respected():
     with pytest.warns(UserWarning, match="not identifiable"):
         fit = fit_power_law(SIZES, LAW.predict(SIZES), asymptote_bounds=(0.0, 3.4))

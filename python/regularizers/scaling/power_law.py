@@ -29,7 +29,8 @@ class PowerLawFit:
         stderr: bootstrap standard errors of (E, A, alpha); NaN where there are no more points than
             parameters or no bootstrap was asked for, 0 for an exponent that was given.
         residual: root of the mean squared log residual.
-        identifiable: False where E ended on a bound: the data do not tell the asymptote.
+        identifiable: False where E ended on a bound, or alpha outside [1e-3, 1e3]: the data do not
+            tell the asymptote.
 
     Example:
         >>> law = PowerLawFit(E=3.0, A=2.0, alpha=0.5)
@@ -105,7 +106,8 @@ def fit_power_law(
             something is not positive or not finite, shapes differ, or the bounds leave no room.
 
     Warns:
-        UserWarning: E ended on a bound; ``identifiable`` is False.
+        UserWarning: E ended on a bound, or alpha near 0 or infinity, as for losses that do not
+            fall; ``identifiable`` is False.
 
     Example:
         >>> x = torch.tensor([0.15, 0.3, 0.6, 1.4]).double()
@@ -179,6 +181,13 @@ def fit_power_law(
             f"[{bounds[0].item():.6g}, {bounds[1].item():.6g}]",
             stacklevel=2,
         )
+    elif not 1e-3 < exponent < 1e3:
+        warnings.warn(
+            f"the asymptote is not identifiable: the losses do not bend as a power law, alpha "
+            f"went to {exponent:.3g}",
+            stacklevel=2,
+        )
+        inside = False
     return PowerLawFit(
         E=E,
         A=A,
