@@ -228,8 +228,7 @@ class GradientDropout:
             raise ValueError("task_loss must depend on the parameters, got a constant")
         check_probability("drop_strength", self.drop_strength)
         root = draw_seed(seed, generator, leaves[0])
-        off: list[Tensor | None] = [None] * len(leaves)
-        reg_grads = off
+        reg_grads: list[Tensor | None] = [None] * len(leaves)
         if reg_loss.requires_grad and self.drop_strength > 0:
             reg_grads = list(
                 torch.autograd.grad(reg_loss.sum(), leaves, retain_graph=True, allow_unused=True)

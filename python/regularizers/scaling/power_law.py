@@ -161,17 +161,13 @@ def fit_power_law(
     log_fit = (theta[2] + (theta[0] - theta[1].exp() * scaled.log()).exp()).log()
     error = losses.log() - log_fit
     degrees = int((weight > 0).sum()) - unknowns
-    stderr = torch.full((3,), math.nan, dtype=torch.float64)
+    stderr = [math.nan] * 3
     if num_bootstrap > 0 and degrees > 0:
-        generator = torch.Generator().manual_seed(seed)
-        size = (num_bootstrap, len(points))
-        drawn = torch.multinomial(weight, size[0] * size[1], True, generator=generator)
-        noise = (error - (weight * error).mean())[drawn].reshape(size)
+        noise = _resampled(error, weight, num_bootstrap, seed)
         noise = noise * math.sqrt((degrees + unknowns) / degrees)
-        samples, _ = fit(
-            scaled, (log_fit + noise).exp(), weight, theta.expand(num_bootstrap, 3), bounds
-        )
-        stderr = _natural(samples, unit).std(0)
+        around = theta.expand(num_bootstrap, 3)
+        samples, _ = fit(scaled, (log_fit + noise).exp(), weight, around, bounds)
+        stderr = _natural(samples, unit).std(0).tolist()
     E, A, exponent = _natural(theta[None], unit)[0].tolist()
     margin = 1e-6 * (bounds[1] - bounds[0]).item()
     inside = bounds[0].item() + margin < E < bounds[1].item() - margin
@@ -192,7 +188,7 @@ def fit_power_law(
         E=E,
         A=A,
         alpha=exponent,
-        stderr=(stderr[0].item(), stderr[1].item(), stderr[2].item()),
+        stderr=(stderr[0], stderr[1], stderr[2]),
         residual=(weight * error.square()).mean().sqrt().item(),
         identifiable=inside,
     )
@@ -229,6 +225,14 @@ def _linear_starts(
         min=1e-12
     )
     return torch.stack([A.log(), exponents.log(), E], -1)
+
+
+def _resampled(error: Tensor, weight: Tensor, count: int, seed: int) -> Tensor:
+    """Return ``[count, n]`` draws from the centred residuals."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = count * len(error)
+    drawn = torch.multinomial(weight, draws, replacement=True, generator=generator)
+    return (error - (weight * error).mean())[drawn].reshape(count, -1)
 
 
 def _natural(theta: Tensor, unit: Tensor) -> Tensor:
