@@ -24,10 +24,13 @@ install: $(INSTALLED)
 demo: install
 	$(RUN) -m regularizers demo
 
-# Triton's interpreter has to be chosen before import, hence the second process.
+# Two processes; a file stays in one of them, since its tests may share what is costly to make.
+PYTEST = $(RUN) -m pytest -n 2 --dist loadfile
+
+# Triton's interpreter has to be chosen before import, hence the second command.
 test: install
-	$(RUN) -m pytest tests python/regularizers --doctest-modules --ignore=python/regularizers/ops/triton
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/ops/test_triton*.py -m interpreter
+	$(PYTEST) tests python/regularizers --doctest-modules --ignore=python/regularizers/ops/triton
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_triton*.py -m interpreter
 
 bench: install
 	$(RUN) -m regularizers bench

@@ -12,8 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from regularizers.optim import AdamHD, HuberDecay, Muon, nlm_alignment, orthogonalize_grad_
-from regularizers.optim import AdamHD, AdamR, HuberDecay
+from regularizers.optim import AdamHD, AdamR, HuberDecay, Muon, nlm_alignment, orthogonalize_grad_
 
 WORLD = 2
 STEPS = 4
@@ -97,6 +96,8 @@ def _train_muon(place):
         found += [p.grad.clone() for p in params]
     found = [x.full_tensor() if isinstance(x, DTensor) else x for x in found]
     return [*found, alignment]
+
+
 def _towards_zero(place):
     """Parameters after steps of AdamR, whose scale is that of all gradients of all processes."""
     params = [nn.Parameter(place(x)) for x in _full()]
@@ -105,6 +106,7 @@ def _towards_zero(place):
     for t in range(STEPS):
         for p, grad in zip(params, _gradients(t), strict=True):
             p.grad = place(grad)
+        optimizer.step()
     return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in params]
 
 
@@ -214,7 +216,10 @@ def test_sharded_matrices_are_orthogonalised_and_projected_as_whole_ones(process
     want = _train_muon(lambda x: x.clone())
     for found in processes:
         torch.testing.assert_close(found["muon"], want, rtol=0, atol=1e-12)
+
+
 def test_scale_of_adamr_is_that_of_all_shards(processes):
+    for found in processes:
         torch.testing.assert_close(found["AdamR"], _towards_zero(lambda x: x.clone()))
 
 

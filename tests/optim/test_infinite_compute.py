@@ -381,13 +381,13 @@ def _train(weight_decay, data_seed, member):
 def test_heavy_decay_wins_with_little_data_and_ensembles_beat_their_mean_member():
     single = {}
     for decay in (0.1, 1.0, 3.0, 10.0):
-        runs = [[_train(decay, seed, member) for member in range(4)] for seed in range(4)]
+        runs = [[_train(decay, seed, member) for member in range(4)] for seed in range(2)]
         losses = []
         for members in runs:
             logits, target = torch.stack([z for z, _ in members]), members[0][1]
             mean_member = sum(F.cross_entropy(z, target).item() for z in logits) / 4
             losses.append(mean_member)
             assert ensemble_nll(logits, target).item() < mean_member
-        single[decay] = sum(losses) / 4
+        single[decay] = sum(losses) / 2
     assert single[0.1] > single[1.0] > single[3.0] > single[10.0]
     assert single[0.1] > single[10.0] + 0.3

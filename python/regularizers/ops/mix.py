@@ -189,7 +189,6 @@ def _rows_like(x: Tensor, rows: int) -> Tensor:
     return torch.empty_strided((rows, *x.shape[1:]), strides, dtype=x.dtype, device=x.device)
 
 
-# --- the specifications, in plain PyTorch -----------------------------------------------------
 
 
 def _mix(x: Tensor, perm: Tensor, lam: Tensor) -> Tensor:
@@ -254,7 +253,6 @@ def _check_box(box: Tensor, sizes: tuple[int, ...]) -> None:
         raise ValueError("box must have 0 <= begin <= end <= size on every side")
 
 
-# --- the operators ----------------------------------------------------------------------------
 
 
 def _mix_reference(x: Tensor, perm: Tensor, lam: Tensor) -> Tensor:

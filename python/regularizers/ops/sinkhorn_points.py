@@ -140,7 +140,6 @@ def sinkhorn_points(
     return SinkhornOutput(*(item.reshape(batch + item.shape[1:]) for item in found))
 
 
-# --- The solver -----------------------------------------------------------------------------------
 
 
 def _reference(x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -87,8 +87,8 @@ from regularizers.optim.mask_tuning import (
     select_parameters,
 )
 from regularizers.optim.minifloat import (
-    MiniFloat,
     RF8,
+    MiniFloat,
 )
 from regularizers.optim.muon import (
     Muon,
@@ -116,6 +116,7 @@ from regularizers.optim.stablemax import (
 )
 
 __all__ = [
+    "RF8",
     "ALLoRALinear",
     "ActivationMean",
     "AdamHD",
@@ -132,7 +133,6 @@ __all__ = [
     "MiniFloat",
     "Muon",
     "OrthoGrad",
-    "RF8",
     "SoMALinear",
     "StateDelta",
     "WeightDecayAnnealing",

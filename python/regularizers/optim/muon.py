@@ -219,7 +219,6 @@ class Muon(DecoupledOptimizer):
         return [_placed(update, param) for update, param in zip(ahead, params, strict=True)]
 
 
-# --- The matrices that parameters are -------------------------------------------------------------
 
 
 def _bins(params: Sequence[Tensor], group: Group) -> list[list[int]]:
@@ -311,7 +310,6 @@ def _scale(part: Tensor, whole: Tensor, group: Group) -> float:
     return 0.2 * math.sqrt(max(m, n)) if rule == "match_rms_adamw" else math.sqrt(max(1.0, m / n))
 
 
-# --- Shards ---------------------------------------------------------------------------------------
 
 
 def _placed(update: Tensor, param: Any) -> Any:
@@ -361,7 +359,6 @@ def _shard(step: Tensor, update: Any, group: Group) -> Tensor:
     return local(distribute_tensor(step, mesh, placements, src_data_rank=None))
 
 
-# --- Checks ---------------------------------------------------------------------------------------
 
 
 def _check_matrix(param: Tensor, group: Group) -> None:
@@ -385,7 +382,6 @@ def _check_matrix(param: Tensor, group: Group) -> None:
             raise ValueError(f"chunks must divide the {rows} rows of {shape}, got {chunks}")
 
 
-# --- Models ---------------------------------------------------------------------------------------
 
 
 def muon_param_groups(

@@ -1,6 +1,8 @@
 """Weights of classes, samples and losses."""
 
-from regularizers.weights.class_balance import class_balanced_weights
+from regularizers.weights.class_balance import (
+    class_balanced_weights,
+)
 from regularizers.weights.compander import (
     WeightCompander,
     apply_compander,
