@@ -189,8 +189,6 @@ def _rows_like(x: Tensor, rows: int) -> Tensor:
     return torch.empty_strided((rows, *x.shape[1:]), strides, dtype=x.dtype, device=x.device)
 
 
-
-
 def _mix(x: Tensor, perm: Tensor, lam: Tensor) -> Tensor:
     """Blend rows; the specification."""
     wide = x.to(lam.dtype)
@@ -251,8 +249,6 @@ def _check_box(box: Tensor, sizes: tuple[int, ...]) -> None:
     fits = (begin >= 0) & (begin <= end) & (end <= torch.tensor(sizes))
     if not bool(fits.all()):
         raise ValueError("box must have 0 <= begin <= end <= size on every side")
-
-
 
 
 def _mix_reference(x: Tensor, perm: Tensor, lam: Tensor) -> Tensor:

@@ -140,8 +140,6 @@ def sinkhorn_points(
     return SinkhornOutput(*(item.reshape(batch + item.shape[1:]) for item in found))
 
 
-
-
 def _reference(x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *weights, cost, scale = arguments[:9]
     return solve_reference("x and y", point_costs(x, y, cost, scale), *weights, *arguments[9:])

@@ -108,7 +108,6 @@ class DecoupledOptimizer(Optimizer):
         self._batches: dict[int, list[Batch]] = {}
         super().__init__(params, {**known, **defaults})
 
-
     def transform_grad(self, p: Tensor, grad: Tensor, group: Group) -> Tensor:
         """Return the gradient that the moments see; never write into ``grad``."""
         return grad
@@ -194,7 +193,6 @@ class DecoupledOptimizer(Optimizer):
 
     def after_step(self, batches: list[Batch], found_inf: Tensor | None) -> None:
         """Do what concerns all parameters, after the step."""
-
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -382,7 +380,6 @@ class DecoupledOptimizer(Optimizer):
             if p is not param:
                 rounded = p if seed is None else stochastic_round(local(p), seed, i)
                 local(param).copy_(local(rounded))
-
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group, after checking its options and parameters."""

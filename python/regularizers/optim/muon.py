@@ -219,8 +219,6 @@ class Muon(DecoupledOptimizer):
         return [_placed(update, param) for update, param in zip(ahead, params, strict=True)]
 
 
-
-
 def _bins(params: Sequence[Tensor], group: Group) -> list[list[int]]:
     """Return the parameters that are orthogonalised together: of equal shapes, and not too many.
 
@@ -310,8 +308,6 @@ def _scale(part: Tensor, whole: Tensor, group: Group) -> float:
     return 0.2 * math.sqrt(max(m, n)) if rule == "match_rms_adamw" else math.sqrt(max(1.0, m / n))
 
 
-
-
 def _placed(update: Tensor, param: Any) -> Any:
     """Return a local update as a DTensor where its parameter is one."""
     if not hasattr(param, "device_mesh"):
@@ -359,8 +355,6 @@ def _shard(step: Tensor, update: Any, group: Group) -> Tensor:
     return local(distribute_tensor(step, mesh, placements, src_data_rank=None))
 
 
-
-
 def _check_matrix(param: Tensor, group: Group) -> None:
     """Raise unless a parameter of a Muon group is a matrix, or a stack of them."""
     dim, chunks = group["expert_dim"], group["chunks"]
@@ -380,8 +374,6 @@ def _check_matrix(param: Tensor, group: Group) -> None:
         sizes = _sizes(rows, chunks) if chunks else []
         if sum(sizes) != rows or min(sizes) < 1:
             raise ValueError(f"chunks must divide the {rows} rows of {shape}, got {chunks}")
-
-
 
 
 def muon_param_groups(
