@@ -30,7 +30,11 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 nitpicky = True  # a reference to a name of ours that does not exist is an error
-nitpick_ignore_regex = [("py:.*", r"(torch|collections)\..*|Tensor")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|collections)\..*|Tensor"),
+    ("py:.*", r"regularizers\..*\.Model"),  # a type variable
+    ("py:.*", r"(typing\.Literal|dict)\[.*"),  # halves of aliases, which Sphinx cuts at commas
+]
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Shape", "Source"]

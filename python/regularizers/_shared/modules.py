@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def replace_modules(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from regularizers._shared.checks import check_floating, check_one_of, check_positive
+from regularizers._shared.modules import Model
 from regularizers.ops._operator import accumulate_dtype, transformed
 from regularizers.optim.lowrank import LowRankLinear, inject_low_rank
 
-Model = TypeVar("Model", bound=nn.Module)
 MODES = ("row", "matrix", "output")
 PLACES = ("gradient", "update")
 

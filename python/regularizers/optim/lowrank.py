@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regularizers._shared.checks import check_at_least, check_floating, check_module, check_positive
-from regularizers._shared.modules import replace_modules
+from regularizers._shared.modules import Model, replace_modules
 from regularizers.ops._operator import accumulate_dtype
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class LowRankLinear(nn.Module):

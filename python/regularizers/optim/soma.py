@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from regularizers._shared.checks import check_at_least, check_one_of
+from regularizers._shared.modules import Model
 from regularizers.ops._operator import accumulate_dtype
 from regularizers.optim.decay import WeightDecayScheduler
 from regularizers.optim.lowrank import LowRankLinear, check_linear, check_rank, inject_low_rank
 
-Model = TypeVar("Model", bound=nn.Module)
 COMPONENTS = ("minor", "principal", "random")
 SOLVERS = ("full", "lowrank")
 TARGETS = ("q", "k", "v", "qkv", "proj", "fc1", "fc2")
