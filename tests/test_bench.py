@@ -40,9 +40,6 @@ def _summary(case, seconds, **options):
     return summarise(case, samples=samples, **found)
 
 
-# --- Numbers --------------------------------------------------------------------------------------
-
-
 def test_spread_is_median_and_quartiles():
     assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, 2.0, 4.0)
 
@@ -105,9 +102,6 @@ def test_goal_reads_as_a_sentence():
 def test_case_that_names_what_it_lacks_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         _case(**options)
-
-
-# --- Measuring ------------------------------------------------------------------------------------
 
 
 def test_every_round_runs_every_candidate_once_in_changing_order():
@@ -196,9 +190,6 @@ def test_floors_write_what_they_say():
     assert torch.equal(fresh_fill(3, 5)(), torch.ones(3, 5))
     assert torch.equal(fresh_fill_huge_pages(3, MEBIBYTE)(), torch.ones(3, MEBIBYTE))
     assert copy(128)().nbytes == 64
-
-
-# --- Whole runs -----------------------------------------------------------------------------------
 
 
 def _toy_case(size):

@@ -16,6 +16,7 @@
 // first-level cache, the rows in the second.
 #pragma once
 
+#include "elementary.h"
 #include "gemm.h"
 #include "kernels.h"
 

@@ -5,8 +5,8 @@
 // bound, Huber has the bound tau delta, L1 the slope 1 (its prox) or a huge one (its gradient).
 #pragma once
 
+#include "elementary.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace regularizers::REGULARIZERS_ISA {
 

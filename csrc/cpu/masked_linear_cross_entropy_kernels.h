@@ -13,6 +13,7 @@
 // template parameters of the row pass.
 #pragma once
 
+#include "elementary.h"
 #include "gemm.h"
 #include "kernels.h"
 

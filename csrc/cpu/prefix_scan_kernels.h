@@ -7,8 +7,8 @@
 
 #include <cstring>
 
+#include "elementary.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace regularizers::REGULARIZERS_ISA {
 

@@ -24,8 +24,8 @@
 #include <cmath>
 #include <limits>
 
+#include "elementary.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace regularizers::REGULARIZERS_ISA {
 

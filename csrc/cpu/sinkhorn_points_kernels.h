@@ -15,6 +15,7 @@
 // overflows or is lost, and in the first sweep, the row's largest exponent is found first.
 #pragma once
 
+#include "elementary.h"
 #include "gemm.h"
 #include "sinkhorn_kernels.h"
 

@@ -13,6 +13,7 @@
 // size rows x slices exists.
 #pragma once
 
+#include "elementary.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "sort.h"

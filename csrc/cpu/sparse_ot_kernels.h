@@ -10,7 +10,7 @@
 // theta comes from Michelot's iteration (drop what lies below, average again), without sorting.
 #pragma once
 
-#include "simd.h"
+#include "elementary.h"
 
 namespace regularizers::REGULARIZERS_ISA {
 

@@ -11,6 +11,7 @@
 // scale log2(e).
 #pragma once
 
+#include "elementary.h"
 #include "gemm.h"
 #include "kernels.h"
 

@@ -3,6 +3,7 @@ from regularizers import dropout as dropout
 from regularizers import finetuning as finetuning
 from regularizers import generative as generative
 from regularizers import geometry as geometry
+from regularizers import information as information
 from regularizers import mixing as mixing
 from regularizers import ops as ops
 from regularizers import optim as optim

@@ -1,13 +1,13 @@
 """State and losses over two processes equal those of one process on the whole batch."""
 
 import os
-import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from regularizers.mixing import AdaWAC
+from tests.harness import found_by_processes
 
 WORLD = 2
 MODES = ("adawac", "trim_sparse", "trim_ratio", "reweight", "dro")
@@ -56,9 +56,7 @@ def _process(rank, folder):
 @pytest.fixture(scope="module")
 def processes():
     """What every process found; one spawn for the family."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (folder,), nprocs=WORLD)
-        return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(WORLD)]
+    return found_by_processes(_process, WORLD)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -184,9 +184,6 @@ def test_a_tensor_that_starts_at_zero_has_a_threshold_above_zero():
     assert optimizer.state[p]["delta"] > 0
 
 
-# --- Checkpoints ----------------------------------------------------------------------------------
-
-
 def _saved(optimizer):
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
@@ -251,9 +248,6 @@ def test_copies_and_pickles_step_on_their_own():
     train(None, 1, begin=2, params=params, optimizer=optimizer)
     train(None, 1, begin=2, params=twin_params, optimizer=twin)
     torch.testing.assert_close(twin_params, params, rtol=0, atol=0)
-
-
-# --- What training loops do -----------------------------------------------------------------------
 
 
 def test_learning_rate_may_be_a_tensor_and_scheduled():
@@ -373,9 +367,6 @@ def test_two_steps_lower_a_loss_whose_graph_was_saved_before():
         loss.backward()
 
 
-# --- Half types -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("fused", [None, False])
 def test_bfloat16_with_master_follows_float32_within_an_ulp(fused):
     params = parameters(torch.bfloat16)
@@ -404,9 +395,6 @@ def test_stochastic_rounding_takes_steps_that_nearest_loses():
     assert ends["nearest"] == 1.0
     # 50 steps of 1e-4. Steps of 2^-8 with chance 0.026: deviation of the mean 7e-5, four of them.
     assert ends["stochastic"] == pytest.approx(0.995, abs=3e-4)
-
-
-# --- The penalty, and bad input -------------------------------------------------------------------
 
 
 def test_penalty_is_quadratic_then_linear_and_its_prox_is_the_decay():

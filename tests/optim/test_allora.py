@@ -125,9 +125,6 @@ def test_merged_weight_is_the_sum():
     torch.testing.assert_close(layer.to_linear().weight, want)
 
 
-# --- The gradient scale alone ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5), torch.tensor([0.5, 1.0, 2.0])], ids=str)
 def test_scaled_gradient_of_an_unchanged_value(scale):
     x = torch.randn(2, 3, requires_grad=True)
@@ -159,9 +156,6 @@ def test_second_derivatives_forward_mode_and_functorch_scale_too():
     batch = torch.stack((z, 2 * z))
     want = torch.stack([3 * row * row * scale for row in batch])
     torch.testing.assert_close(torch.vmap(torch.func.grad(f))(batch), want)
-
-
-# --- Training -------------------------------------------------------------------------------------
 
 
 def rank_one_loss(make, steps=60, lr=0.02):

@@ -102,9 +102,6 @@ def test_high_rates_are_worse_than_dropping_everything_where_deltas_cancel():
     assert best == pytest.approx(1.0, abs=0.1)
 
 
-# --- State dicts ----------------------------------------------------------------------------------
-
-
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -182,9 +179,6 @@ def test_tied_tensors_are_pruned_alike():
     weight, other = torch.ones(100), torch.zeros(100)
     result = darex({"a": weight, "b": weight}, {"a": other, "b": other}, p=0.5, seed=0)
     assert torch.equal(result["a"], result["b"])
-
-
-# --- Importance, activations, change --------------------------------------------------------------
 
 
 def test_magnitude_keeps_the_largest_of_the_tensor():

@@ -110,9 +110,6 @@ def test_bad_input_names_the_argument(exception, name, call):
         call()
 
 
-# --- The schedule ---------------------------------------------------------------------------------
-
-
 def _optimizer(decay=0.05):
     groups = [
         {"params": [nn.Parameter(torch.ones(1))], "weight_decay": value} for value in (decay, 0.0)

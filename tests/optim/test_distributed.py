@@ -1,7 +1,6 @@
 """Two processes with sharded or replicated parameters step as one process does."""
 
 import os
-import tempfile
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from regularizers.optim import AdamHD, AdamR, HuberDecay, Muon, nlm_alignment, orthogonalize_grad_
+from tests.harness import found_by_processes
 
 WORLD = 2
 STEPS = 4
@@ -188,9 +188,7 @@ def _process(rank, folder):
 @pytest.fixture(scope="module")
 def processes():
     """What every process found; one spawn for the family."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (folder,), nprocs=WORLD)
-        return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(WORLD)]
+    return found_by_processes(_process, WORLD)
 
 
 @pytest.mark.parametrize("name", ["fused", "hooks", "partly plain", "plain first"])

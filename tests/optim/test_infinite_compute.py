@@ -17,8 +17,6 @@ from regularizers.optim import (
     member_setting,
 )
 
-# --- Coordinate descent ---------------------------------------------------------------------------
-
 GRID = {"lr": [0, 1, 2, 3, 4], "epochs": [0, 1, 2, 3, 4], "weight_decay": [0, 1, 2, 3, 4]}
 CORNER = {"lr": 0, "epochs": 4, "weight_decay": 0}
 
@@ -107,9 +105,6 @@ def test_members_train_twice_as_long_at_half_the_decay():
     assert single["wd"] == 0.8
     with pytest.raises(ValueError, match="single must have 'weight_decay'"):
         member_setting(single)
-
-
-# --- Losses ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("average", ["logits", "probs"])
@@ -220,9 +215,6 @@ def test_losses_compile_and_compute_half_precision_in_float32(function, fresh_dy
 def test_bad_input_of_losses_names_the_argument(exception, match, call):
     with pytest.raises(exception, match=match):
         call(torch.ones(2, 3, 4), torch.zeros(3, dtype=torch.long))
-
-
-# --- The ensemble ---------------------------------------------------------------------------------
 
 
 def _member(seed, width=16):
@@ -356,9 +348,6 @@ def test_bad_members_are_named():
         LogitEnsemble([lambda x: x])
     with pytest.raises(ValueError, match="members must give"):
         LogitEnsemble([nn.Linear(6, 3), nn.Linear(6, 4)])(torch.randn(2, 6))
-
-
-# --- The effect -----------------------------------------------------------------------------------
 
 
 def _train(weight_decay, data_seed, member):

@@ -44,9 +44,6 @@ def step_of(param, group=None, **options):
     return before - param.detach()
 
 
-# --- The rule -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rule", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_steps_are_those_of_torch_up_to_bfloat16(rule, nesterov):
@@ -146,9 +143,6 @@ def test_maximize_climbs():
     torch.testing.assert_close(step_of(p, maximize=True), -step_of(q))
 
 
-# --- What a matrix is -----------------------------------------------------------------------------
-
-
 def test_a_filter_is_the_matrix_of_its_outputs():
     (p,) = matrices(shapes=[(40, 3, 3, 3)])
     set_gradients([p])
@@ -211,9 +205,6 @@ def test_equal_shapes_share_products(monkeypatch):
     monkeypatch.setitem(muon.STACK_ELEMENTS, "cpu", 2 * 84)
     train(Muon, 1)
     assert sizes == [(2, 7, 12), (1, 7, 12), (1, 9, 9), (1, 1, 5)]
-
-
-# --- AdamW beside it ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fused", [None, False])
@@ -294,9 +285,6 @@ def test_a_tied_embedding_is_an_embedding():
     model["z"].weight = model["a"].weight
     (group,) = muon_param_groups(model)
     assert group["use_muon"] is False
-
-
-# --- Training loops, checkpoints, half types ------------------------------------------------------
 
 
 def test_a_killed_run_goes_on_bit_for_bit():
@@ -417,8 +405,6 @@ def test_muon_beats_tuned_momentum_on_badly_scaled_least_squares():
     # A factor of 9000 on the sheet's data.
     assert muon < momentum / 100
 
-
-# --- Bad input ------------------------------------------------------------------------------------
 
 BAD = [
     (ValueError, "lr", {"lr": -1.0}),

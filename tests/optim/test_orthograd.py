@@ -27,9 +27,6 @@ def random_parameters(*shapes, dtype=torch.float64):
     return params
 
 
-# --- The projection -------------------------------------------------------------------------------
-
-
 def test_worked_example():
     p = parameter([3.0, 4.0], [1.0, 1.0])
     orthogonalize_grad_(p, rescale=False)
@@ -125,9 +122,6 @@ def test_logits_of_a_homogeneous_network_keep_their_scale_to_first_order():
         assert small == pytest.approx(large / 100, rel=0.01)
 
 
-# --- The alignment --------------------------------------------------------------------------------
-
-
 def test_alignment_is_the_cosine_with_the_step():
     a, b = parameter([3.0, 4.0], [-3.0, -4.0]), parameter([1.0, 0.0], [0.0, 2.0])
     assert nlm_alignment([a, b], per="tensor").tolist() == pytest.approx([1.0, 0.0])
@@ -149,9 +143,6 @@ def test_a_fitted_linear_classifier_is_aligned_until_projected():
     assert nlm_alignment(W) > 0.9
     orthogonalize_grad_(W)
     assert abs(nlm_alignment(W)) < 1e-5
-
-
-# --- The optimizer --------------------------------------------------------------------------------
 
 
 def test_a_step_adds_the_squares():

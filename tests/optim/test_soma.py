@@ -133,9 +133,6 @@ def test_zero_singular_values_are_skipped_unless_asked_for():
     torch.testing.assert_close(layer.merged_weight(), base.weight.data)
 
 
-# --- Models ---------------------------------------------------------------------------------------
-
-
 def blocks(count):
     torch.manual_seed(0)
 
@@ -172,9 +169,6 @@ def test_no_late_block_is_an_error():
     assert all(p.requires_grad for p in model.parameters())
 
 
-# --- The annealed decay ---------------------------------------------------------------------------
-
-
 def test_decay_falls_from_its_start_to_the_end_by_a_cosine_and_norms_keep_none():
     weights, norms = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     groups = [{"params": [weights], "weight_decay": 0.05}, {"params": [norms], "weight_decay": 0.0}]
@@ -189,9 +183,6 @@ def test_decay_falls_from_its_start_to_the_end_by_a_cosine_and_norms_keep_none()
     assert values[0] == 0.05
     assert values[5] == pytest.approx((0.05 + 1e-5) / 2)
     assert values[10:] == [pytest.approx(1e-5, abs=1e-18)] * 3
-
-
-# --- Effect ---------------------------------------------------------------------------------------
 
 
 def adapt(components):

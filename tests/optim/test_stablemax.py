@@ -125,9 +125,6 @@ def test_it_compiles_to_one_graph(fresh_dynamo):
     torch.testing.assert_close(compiled(x, target), stablemax_cross_entropy(x, target))
 
 
-# --- Collapse -------------------------------------------------------------------------------------
-
-
 def test_softmax_in_float32_collapses_where_the_meter_says():
     target = torch.tensor([0])
     for margin, loss_is_zero, all_is_zero in ((16.0, 0, 0), (17.0, 1, 0), (104.0, 1, 1)):

@@ -1,7 +1,6 @@
 """Batch statistics over two processes equal those of one process on the concatenated batch."""
 
 import os
-import tempfile
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from regularizers.transport import (
     sliced_gaussian_wasserstein,
     vicreg_loss,
 )
+from tests.harness import found_by_processes
 
 WORLD = 2
 DIM = 6
@@ -97,9 +97,7 @@ def _process(rank, folder):
 @pytest.fixture(scope="module")
 def processes():
     """What every process found; one spawn for the family."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (folder,), nprocs=WORLD)
-        return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(WORLD)]
+    return found_by_processes(_process, WORLD)
 
 
 @pytest.mark.parametrize("name", LOSSES)

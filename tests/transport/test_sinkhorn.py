@@ -43,9 +43,6 @@ def central_difference(function, at, step=1e-5):
     return result
 
 
-# --- Values ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("epsilon", [1.0, 0.1])
 def test_values_of_two_points_have_their_closed_forms(epsilon):
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
@@ -116,9 +113,6 @@ def test_the_error_after_an_update_is_that_of_the_column_sums_before_it():
     torch.testing.assert_close(found.plan().sum(1), torch.full((7,), 1 / 7, dtype=torch.float64))
 
 
-# --- Epsilon and scale ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("memory", ["dense", "streaming"])
 @pytest.mark.parametrize("cost", STREAMING, ids=repr)
 def test_epsilon_rules_take_mean_and_deviation_of_all_costs(cost, memory):
@@ -159,9 +153,6 @@ def test_epsilon_is_a_constant_for_derivatives():
         *(torch.autograd.grad(s.value, x) for s in (found, frozen)), strict=True
     ):
         torch.testing.assert_close(left, right)
-
-
-# --- Derivatives ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
@@ -254,9 +245,6 @@ def test_gradients_in_the_masses_are_centred_potentials():
     torch.testing.assert_close(by_b - by_b.mean(), found.g - found.g.mean())
 
 
-# --- Maps and products ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("memory", ["dense", "streaming"])
 def test_products_and_maps_are_those_of_the_plan(memory):
     x, y, a, b = points(6), points(7), masses(6), masses(7)
@@ -293,9 +281,6 @@ def test_map_recovers_an_affine_optimal_map():
     found = sinkhorn(x, 2 * x + 1, epsilon=0.05)
     inside = x[x.norm(dim=1) < 1] + 0.01
     assert (found.transport(inside) - (2 * inside + 1)).norm(dim=1).mean() < 0.15
-
-
-# --- Streaming, batches, warm starts --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale_cost", [2.0, "mean", "max"])
@@ -376,9 +361,6 @@ def test_symmetric_updates_solve_the_problem_of_points_with_themselves():
     assert fast.n_iter < slow.n_iter
 
 
-# --- Traps ----------------------------------------------------------------------------------------
-
-
 def test_small_epsilon_neither_underflows_nor_overflows():
     x, y = torch.rand(20, 2), torch.rand(20, 2)
     found = sinkhorn(x, y, epsilon=1e-4, max_iter=20000)  # exp(-1e4) is 0 in float32
@@ -453,9 +435,6 @@ def test_a_function_serves_as_cost():
     torch.testing.assert_close(manhattan, sinkhorn_cost(x, y, cost=norm, epsilon=0.5))
 
 
-# --- Peers ----------------------------------------------------------------------------------------
-
-
 def test_potentials_and_plan_agree_with_pot():
     ot = pytest.importorskip("ot")
     x, y, a, b = points(12), points(15), masses(12), masses(15)
@@ -478,9 +457,6 @@ def test_soft_plan_agrees_with_pot():
         reg_type="kl", stopThr=1e-14, numItermax=10000,
     )  # fmt: skip
     torch.testing.assert_close(found.plan(), plan, rtol=1e-8, atol=1e-10)
-
-
-# --- Bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -131,9 +131,6 @@ def test_a_batch_is_reduced(reduction):
     torch.testing.assert_close(value, expected)
 
 
-# --- GeomLoss -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -175,9 +172,6 @@ def test_agrees_with_ott():
     )  # fmt: skip
     ours = sinkhorn_divergence(x, y, tol=1e-5)  # epsilon by the same rule
     assert ours.item() == pytest.approx(float(value), rel=1e-4)
-
-
-# --- The module -----------------------------------------------------------------------------------
 
 
 class Shifted(nn.Module):

@@ -20,8 +20,8 @@ from regularizers._shared.randomness import draw_seed
 from regularizers.ops._operator import transformed
 from regularizers.ops.subsampled_attention import (
     SAMPLE_WORDS,
-    _check_bias,
-    _check_projections,
+    check_bias,
+    check_projections,
     gathered_attention,
 )
 
@@ -120,7 +120,7 @@ def subsampled_attention(
         published. One key set a sample follows the authors' later "source dropout"; the exact
         sampler of the local mode is reconstructed.
     """
-    _check_projections(q, k, v)
+    check_projections(q, k, v)
     tokens = k.shape[2]
     count, side = _count_keys(num_keys, keep_ratio, window, tokens, mode, grid)
     _check_local(mode, q, tokens, sigma, grid)
@@ -135,7 +135,7 @@ def subsampled_attention(
     if key_padding_mask is not None:
         _check_padding(key_padding_mask, q, tokens, shared_across_batch)
     if attn_bias is not None:
-        _check_bias(attn_bias, q, k)
+        check_bias(attn_bias, q, k)
     options = {"attn_bias": attn_bias, "is_causal": is_causal, "scale": scale}
     if not training or count == tokens:
         return _dense(q, k, v, key_padding_mask, attn_bias, is_causal, scale)

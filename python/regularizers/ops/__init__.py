@@ -8,6 +8,14 @@ from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.mix import mix, paste_boxes
 from regularizers.ops.nested import prefix_linear
+from regularizers.ops.pairwise import (
+    FalselyNear,
+    LabelWindow,
+    OtherLabel,
+    PairwiseSums,
+    SameLabel,
+    pairwise_logsumexp,
+)
 from regularizers.ops.philox import dropout_mask, philox_4x32, philox_words
 from regularizers.ops.prefix_scan import (
     expected_prefix_cross_entropy,
@@ -29,6 +37,11 @@ from regularizers.ops.subsampled_attention import gathered_attention
 from regularizers.ops.transport_apply import transport_apply
 
 __all__ = [
+    "FalselyNear",
+    "LabelWindow",
+    "OtherLabel",
+    "PairwiseSums",
+    "SameLabel",
     "SinkhornOutput",
     "TransportDual",
     "decay_amount",
@@ -41,6 +54,7 @@ __all__ = [
     "mix",
     "multi_sample_dropout_cross_entropy",
     "nearest_code",
+    "pairwise_logsumexp",
     "paste_boxes",
     "philox_4x32",
     "philox_words",

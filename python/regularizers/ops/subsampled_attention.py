@@ -86,7 +86,7 @@ def gathered_attention(
         the recomputing backward pass are those of FlashAttention (T. Dao et al., 2022, arXiv
         2205.14135).
     """
-    _check_projections(q, k, v)
+    check_projections(q, k, v)
     key_index = _lists("key_index", key_index, q)
     if query_index is not None:
         query_index = _lists("query_index", query_index, q)
@@ -100,7 +100,7 @@ def gathered_attention(
     if own is not None:
         _check_own(own, q, k, query_index)
     if attn_bias is not None:
-        _check_bias(attn_bias, q, k)
+        check_bias(attn_bias, q, k)
     low = autocast_dtype(q.device)
     if low is not None and q.dtype != torch.float64:
         q, k, v = q.to(low), k.to(low), v.to(low)
@@ -111,7 +111,7 @@ def gathered_attention(
     return result
 
 
-def _check_projections(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_projections(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check the shapes of queries, keys and values against each other."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_floating(name, tensor)
@@ -164,7 +164,8 @@ def _check_own(own: Tensor, q: Tensor, k: Tensor, query_index: Tensor | None) ->
         raise ValueError(f"own must have shape [B or 1, {k.shape[2]}], got {list(own.shape)}")
 
 
-def _check_bias(attn_bias: Tensor, q: Tensor, k: Tensor) -> None:
+def check_bias(attn_bias: Tensor, q: Tensor, k: Tensor) -> None:
+    """Check the type and the shape of what is added to the scores."""
     check_floating("attn_bias", attn_bias)
     check_same_dtype("attn_bias", attn_bias, "q", q)
     check_same_device("attn_bias", attn_bias, "q", q)

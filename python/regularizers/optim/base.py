@@ -182,11 +182,11 @@ class DecoupledOptimizer(Optimizer):
                 state["step"] = torch.tensor(step, dtype=torch.float32, device=param.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 if name not in state:
-                    state[name] = _zeros(param, wide)
+                    state[name] = zeros_beside(param, wide)
             if group["amsgrad"] and "max_exp_avg_sq" not in state:
-                state["max_exp_avg_sq"] = _zeros(param, wide)
+                state["max_exp_avg_sq"] = zeros_beside(param, wide)
             if wide != param.dtype and group["rounding"] == "master" and "master" not in state:
-                state["master"] = _zeros(param, wide).copy_(param)
+                state["master"] = zeros_beside(param, wide).copy_(param)
 
     def before_step(self, batches: list[Batch]) -> None:
         """Do what concerns all parameters, before the step."""
@@ -277,7 +277,7 @@ class DecoupledOptimizer(Optimizer):
         grads = self._shards_of_grads(batch)
         beta1, beta2 = group["betas"]
         scalars = [
-            _scalar(value, device)
+            as_scalar(value, device)
             for value in (group["lr"], self.decay_strength(group), beta1, beta2)
         ]
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -344,7 +344,7 @@ class DecoupledOptimizer(Optimizer):
             ]
         if batch.sharded:
             grads = [
-                local(_placed_as(grad, param))
+                local(placed_as(grad, param))
                 for param, grad in zip(batch.params, grads, strict=True)
             ]
         dtype = batch.dtype
@@ -353,7 +353,7 @@ class DecoupledOptimizer(Optimizer):
     def _step_hooks(self, batch: Batch) -> None:
         """Step one parameter after the other by the hooks."""
         group = batch.group
-        lr = _scalar(group["lr"], batch.device)
+        lr = as_scalar(group["lr"], batch.device)
         scale = getattr(self, "grad_scale", None)
         seed = None
         if batch.dtype == torch.bfloat16 and group["rounding"] == "stochastic":
@@ -458,14 +458,15 @@ def _as_state(name: str, value: Tensor, param: Tensor) -> Tensor:
     """Return a loaded entry as a tensor of its own, in full precision, laid out as ``param``."""
     moment = value.is_floating_point() and name != "reference"
     dtype = accumulate_dtype(param.dtype) if moment else value.dtype
-    return _zeros(param, dtype).copy_(value)
+    return zeros_beside(param, dtype).copy_(value)
 
 
-def _zeros(param: Tensor, dtype: torch.dtype) -> Tensor:
+def zeros_beside(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return zeros with the shape, the layout and the device of a parameter."""
     return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
 
-def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+def as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """Return a scheduled option as the kernels take it: float64, no dimensions."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if isinstance(value, Tensor):
@@ -483,7 +484,7 @@ def _like(scalar: Any, tensor: Tensor) -> Any:
     return scalar
 
 
-def _placed_as(grad: Any, param: Any) -> Tensor:
+def placed_as(grad: Any, param: Any) -> Tensor:
     """Return a gradient sharded as its parameter is."""
     if hasattr(param, "placements") and grad.placements != param.placements:
         grad = grad.redistribute(param.device_mesh, param.placements)

@@ -20,7 +20,7 @@ from regularizers._shared.randomness import draw_seed
 from regularizers.ops._operator import accumulate_dtype
 from regularizers.ops.decay import stochastic_round
 from regularizers.optim._batch import Batch, local
-from regularizers.optim.base import DecoupledOptimizer, Group, _placed_as, _scalar, _zeros
+from regularizers.optim.base import DecoupledOptimizer, Group, as_scalar, placed_as, zeros_beside
 from regularizers.optim.spectral import COEFFICIENTS, check_coefficients, iterate, normalised
 
 ADJUSTMENTS = ("original", "match_rms_adamw", "none")
@@ -175,10 +175,10 @@ class Muon(DecoupledOptimizer):
             wide = accumulate_dtype(param.dtype)
             state.setdefault("step", torch.zeros((), device=param.device))
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = _zeros(param, wide)
+                state["momentum_buffer"] = zeros_beside(param, wide)
             master = wide != param.dtype and batch.group["rounding"] == "master"
             if master and "master" not in state:
-                state["master"] = _zeros(param, wide).copy_(param)
+                state["master"] = zeros_beside(param, wide).copy_(param)
 
     def _is_fused(self, group: Group) -> bool:
         return not group["use_muon"] and super()._is_fused(group)
@@ -188,7 +188,7 @@ class Muon(DecoupledOptimizer):
         if not group["use_muon"]:
             super()._step_hooks(batch)
             return
-        lr = _scalar(group["lr"], batch.device)
+        lr = as_scalar(group["lr"], batch.device)
         shrink = 1 - lr * group["weight_decay"]
         seed = None
         if batch.dtype == torch.bfloat16 and group["rounding"] == "stochastic":
@@ -213,7 +213,7 @@ class Muon(DecoupledOptimizer):
             grad = batch.grads[i].to(accumulate_dtype(param.dtype))
             grad = -grad if group["maximize"] else grad
             grad = grad if scale is None else grad / scale.to(grad.device)
-            grads.append(local(_placed_as(self.transform_grad(param, grad, group), param)))
+            grads.append(local(placed_as(self.transform_grad(param, grad, group), param)))
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
         return [_placed(update, param) for update, param in zip(ahead, params, strict=True)]

@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 from regularizers._shared.checks import check_floating, check_not_negative, check_one_of
 from regularizers.ops._operator import accumulate_dtype
 from regularizers.optim._batch import local
-from regularizers.optim.base import _placed_as
+from regularizers.optim.base import placed_as
 
 Per = Literal["tensor", "row", "global"]
 PER = ("tensor", "row", "global")
@@ -103,7 +103,7 @@ def _with_gradients(params: Tensor | Iterable[Tensor], per: Per) -> list[Any]:
         if per == "row" and (split or (p.dim() == 1 and hasattr(p, "placements"))):
             raise ValueError("per must be 'tensor' or 'global' where processes share rows")
     for p in stepped:
-        p.grad = _placed_as(p.grad, p)
+        p.grad = placed_as(p.grad, p)
     return stepped
 
 
