@@ -8,6 +8,8 @@ averages over the processes, get exactly theirs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,9 +17,7 @@ from torch import Tensor
 
 def add_up(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the sum of a tensor over the processes of a group, differentiably."""
-    from torch.distributed.nn.functional import all_reduce
-
-    total: Tensor = all_reduce(tensor, group=group)
+    total: Tensor = _AddUp.apply(tensor, group)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -28,9 +28,40 @@ def gather_batch(z: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """
     if group is None:
         return z
-    from torch.distributed.nn.functional import all_gather
+    batch: Tensor = _GatherBatch.apply(z, group)  # type: ignore[no-untyped-call]
+    return batch
 
-    return torch.cat(all_gather(z, group=group), dim=-2)
+
+# torch.distributed.nn.functional has both, deprecated; what is to replace them is private.
+class _AddUp(torch.autograd.Function):
+    """A sum over processes: what comes back to each is added up over them again."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return add_up(grad, ctx.group), None
+
+
+class _GatherBatch(torch.autograd.Function):
+    """Rows of all processes; each gets back the sum of what all of them say of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.rows = group, z.shape[-2]
+        parts = [z.new_empty(z.shape) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, z.contiguous(), group=group)
+        return torch.cat(parts, dim=-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        own = dist.get_rank(ctx.group) * ctx.rows
+        return add_up(grad, ctx.group).narrow(-2, own, ctx.rows), None
 
 
 def agree_on_seed(seed: Tensor, group: dist.ProcessGroup | None) -> Tensor:
