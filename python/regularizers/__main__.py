@@ -1,4 +1,4 @@
-"""The command line: ``python -m regularizers list | show | info | bench | demo``."""
+"""The command line: ``python -m regularizers list | show | info | bench | demo | new-method``."""
 
 from __future__ import annotations
 
@@ -62,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("demo-output"), help="folder for the plots"
     )
     demo.set_defaults(run=_demo)
+
+    new = commands.add_parser(
+        "new-method", help="write module, test, catalog entry and docs of a method to begin with"
+    )
+    new.add_argument("name", help="of the function, in snake case")
+    new.add_argument("--family", required=True, metavar="FAMILY")
+    new.add_argument("--paper", type=int, required=True, help="its number in the catalog")
+    new.set_defaults(run=_new_method)
     return parser
 
 
@@ -140,6 +148,18 @@ def _demo(options: argparse.Namespace) -> int:
     from regularizers import _demo
 
     return _demo.run(options.output)
+
+
+def _new_method(options: argparse.Namespace) -> int:
+    from regularizers import _new_method
+
+    try:
+        paths = _new_method.create(options.name, options.family, options.paper)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print("Written or changed:", *(f"  {path}" for path in paths), sep="\n")
+    return 0
 
 
 if __name__ == "__main__":
