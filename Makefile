@@ -58,9 +58,9 @@ clean:
 .venv/.installed: .venv/bin/python $(SOURCES)
 	.venv/bin/python -m pip install --quiet --upgrade pip
 	.venv/bin/python -m pip install --quiet -r requirements.txt setuptools wheel cmake ninja pybind11
-	.venv/bin/python -m pip install --quiet --no-build-isolation -c requirements.txt -e '.[bench,dev,docs]'
+	.venv/bin/python -m pip install --quiet --no-build-isolation -c requirements.txt -e '.[bench,dev,docs,examples]'
 	touch $@
 
 build/.installed: $(SOURCES)
-	$(PYTHON) -m pip install --quiet --no-build-isolation -e '.[bench,dev,docs]'
+	$(PYTHON) -m pip install --quiet --no-build-isolation -e '.[bench,dev,docs,examples]'
 	mkdir -p build && touch $@
