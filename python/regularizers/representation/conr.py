@@ -135,7 +135,8 @@ def conr_loss(
         log_sum = torch.logaddexp(log_sum, (len(q) - positives).log())
     rows = torch.where(counts, omega * (log_sum - near.total / positives), 0)
     # A comparison with NaN is false: without this, NaN would make an anchor not count.
-    return reduce_rows(rows + 0 * (q.sum(1) + _row_sums(y) + _row_sums(predicted)), reduction)
+    unseen = q.sum(1) + _row_sums(y) + _row_sums(predicted) + omega
+    return reduce_rows(rows + 0 * unseen, reduction)
 
 
 class ConRLoss(nn.Module):

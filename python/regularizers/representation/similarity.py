@@ -114,7 +114,7 @@ def similarity_ratio(pos: Tensor, neg: Tensor, eps: float = 1e-8) -> Tensor:
 
     Example:
         >>> similarity_ratio(torch.tensor([0.75, 0.75]), torch.tensor([0.5, 0.0]))
-        tensor(3.0000)
+        tensor(3.)
 
     Source:
         L. Hallee et al., 2024, arXiv 2401.15713; authors' code read.
