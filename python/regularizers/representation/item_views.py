@@ -101,8 +101,9 @@ def _information(a: Tensor, b: Tensor) -> Tensor:
     first, second = (
         x.expand(pairs.shape).flatten().clamp(min=0) for x in (a[:, :, None], b[:, None, :])
     )
-    tables = (first, second, first * (b.max().clamp(min=0) + 1) + second)
-    of_a, of_b, of_both = (_x_log_x(_probabilities(codes, share)) for codes in tables)
+    a_index, b_index = (x.unique(return_inverse=True)[1] for x in (first, second))
+    both = a_index * (b_index.max() + 1) + b_index  # positions, since values might overflow
+    of_a, of_b, of_both = (_x_log_x(_probabilities(x, share)) for x in (a_index, b_index, both))
     return (of_both - of_a - of_b).clamp(min=0)
 
 
