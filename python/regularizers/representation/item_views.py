@@ -63,7 +63,7 @@ def feature_mutual_information(features: Tensor, cardinalities: Sequence[int]) -
     if not isinstance(features, Tensor) or features.dtype != torch.int64:
         kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
         raise TypeError(f"features must be an int64 tensor, got {kind}")
-    if features.dim() not in (2, 3) or len(features) < 1 or features.shape[1] < 2:
+    if features.dim() not in (2, 3) or features.shape[1] < 2 or features.numel() == 0:
         raise ValueError(
             f"features must have shape [N >= 1, K >= 2] or [N, K, L], got {list(features.shape)}"
         )
