@@ -227,8 +227,14 @@ def test_half_types_give_float32_and_the_loss_of_their_values():
     half = conr_loss(f, y, p, weights=w, temperature=1.0)
     wide = conr_loss(f.float(), y.float(), p.float(), weights=w.float(), temperature=1.0)
     assert half.dtype == torch.float32
-    # Differences of targets may round in bfloat16 on their way into the window; these do not.
-    torch.testing.assert_close(half, wide, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(half, wide)
+
+
+def test_targets_may_have_a_type_of_their_own():
+    f, y, p, w = (x.detach() for x in _batch())
+    loss = conr_loss(f.float(), y, p.float(), weights=w.float())
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, conr_loss(f.float(), y.float(), p.float(), weights=w.float()))
 
 
 def test_compiles_to_one_graph(fresh_dynamo):

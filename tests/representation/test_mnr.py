@@ -194,6 +194,15 @@ def test_gradients_are_right_to_second_order():
         assert torch.autograd.gradgradcheck(call, leaves)
 
 
+def test_second_derivatives_with_soft_targets_are_those_of_the_matrices():
+    a, b = _pairs()
+    found = []
+    for loss in (mnr_plus_loss(a, b, scale=2.0, targets="soft"), _plus(a, b, 2.0, "soft")):
+        (gradient,) = torch.autograd.grad(loss, a, create_graph=True)
+        found.append(torch.autograd.grad(gradient.square().sum(), (a, b)))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("loss", [mnr_loss, mnr_plus_loss])
 def test_reductions_agree(loss):
     a, b = _pairs()

@@ -114,8 +114,7 @@ def conr_loss(
         )
     wide = accumulate_dtype(features.dtype)
     y, predicted = (
-        gather_rows(v.flatten(1) if v.dim() > 1 else v, process_group)
-        for v in (targets, predictions)
+        gather_rows(v.to(accumulate_dtype(v.dtype)), process_group) for v in (targets, predictions)
     )
     q = unit_rows(gather_batch(features.to(wide), process_group))
     omega = q.new_ones(len(q)) if weights is None else gather_rows(weights.to(wide), process_group)
@@ -135,7 +134,7 @@ def conr_loss(
         log_sum = torch.logaddexp(log_sum, (len(q) - positives).log())
     rows = torch.where(counts, omega * (log_sum - near.total / positives), 0)
     # A comparison with NaN is false: without this, NaN would make an anchor not count.
-    unseen = q.sum(1) + _row_sums(y) + _row_sums(predicted) + omega
+    unseen = q.sum(1) + omega + (_row_sums(y) + _row_sums(predicted)).to(wide)
     return reduce_rows(rows + 0 * unseen, reduction)
 
 
