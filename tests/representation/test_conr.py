@@ -280,7 +280,7 @@ def test_module_refuses_bad_options_when_it_is_built():
 
 @pytest.mark.slow
 def test_errors_on_rare_targets_fall_and_those_on_common_ones_do_not_rise():
-    # Sheet of paper 59: 500 targets in [0, 5], 15 in [8, 10]; means over 4 seeds. Six seeds gave
+    # Sheet of paper 59: 500 targets in [0, 5], 15 in [8, 10]; means over 3 seeds. Six seeds gave
     # 0.87 without and 0.71 with the loss on the rare range, 0.174 and 0.172 on the other.
     torch.set_num_threads(1)
 
@@ -318,7 +318,7 @@ def test_errors_on_rare_targets_fall_and_those_on_common_ones_do_not_rise():
             ]
 
     plain, with_conr = (
-        torch.tensor([errors(beta, seed) for seed in range(4)]).mean(0) for beta in (0.0, 1.0)
+        torch.tensor([errors(beta, seed) for seed in range(3)]).mean(0) for beta in (0.0, 1.0)
     )
     common, rare = 0, 1
     assert with_conr[rare] < 0.98 * plain[rare]
