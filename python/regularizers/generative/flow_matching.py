@@ -16,8 +16,8 @@ from regularizers._shared.checks import (
     check_same_dtype,
     known_range,
 )
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers.ops._operator import loss_dtype
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 Path = Literal["linear", "cosine"]
 _PATHS: tuple[str, ...] = get_args(Path)

@@ -18,10 +18,9 @@ from regularizers._shared.checks import (
     check_values,
 )
 from regularizers._shared.distributed import gather_batch, gather_rows
-from regularizers._shared.reductions import reduce_rows
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops import FalselyNear, LabelWindow, pairwise_logsumexp
 from regularizers.ops._operator import accumulate_dtype
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.representation._in_batch import check_rows, unit_rows
 
 Pushing = Literal["exp", "linear"]

@@ -15,9 +15,8 @@ from regularizers._shared.checks import (
     check_shape,
 )
 from regularizers._shared.distributed import gather_batch, gather_rows
-from regularizers._shared.reductions import reduce_rows
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops._operator import accumulate_dtype, full_precision
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.representation._in_batch import check_pairs, check_rows, ranking_rows, unit_rows
 
 Form = Literal["softmax", "second_moment"]

@@ -16,10 +16,9 @@ from regularizers._shared.checks import (
     check_same_dtype,
 )
 from regularizers._shared.distributed import gather_batch
-from regularizers._shared.reductions import reduce_rows
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops import pairwise_logsumexp
 from regularizers.ops._operator import accumulate_dtype, full_precision
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.representation._in_batch import check_pairs, fold_scale, ranking_rows, unit_rows
 
 Targets = Literal["argmax", "soft", "code"]

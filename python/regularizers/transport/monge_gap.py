@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from regularizers._shared.checks import check_one_of
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers._shared.scheduled import ScheduledModule
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.transport._pairs import Memory
 from regularizers.transport.cost import CostFn, SqEuclidean, as_cost
 from regularizers.transport.sinkhorn import (

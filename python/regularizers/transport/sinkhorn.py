@@ -17,9 +17,9 @@ from regularizers._shared.checks import (
     check_same_device,
     check_same_dtype,
 )
+from regularizers._shared.reductions import Reduction
 from regularizers.ops._operator import accumulate_dtype, transformed
 from regularizers.ops._sinkhorn_arguments import check_options
-from regularizers.ops.masked_linear_cross_entropy import Reduction
 from regularizers.transport._pairs import MEMORIES, SCALES, Memory, Pairs, make_pairs
 from regularizers.transport.cost import CostFn, SqEuclidean, as_cost
 

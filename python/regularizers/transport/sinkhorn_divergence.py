@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from regularizers._shared.checks import check_one_of
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers._shared.scheduled import ScheduledModule
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.transport._pairs import Memory, Pairs, own_pairs
 from regularizers.transport.conventions import check_scaling, from_blur
 from regularizers.transport.cost import CostFn, SqEuclidean, as_cost
