@@ -279,7 +279,8 @@ def test_pooling_is_the_attention_that_the_model_shows():
 
 @pytest.mark.slow
 def test_term_spreads_attention_and_does_not_cost_accuracy():
-    # Sheet: 80 bags of 60 instances, 8 of them shifted in positive bags, 200 steps, 4 seeds.
+    # Sheet: 80 bags of 60 instances, 8 of them weakly shifted in positive bags, 200
+    # steps, means over 4 seeds.
     def bags(count, shift, generator):
         x = torch.randn(count, 60, 16, generator=generator)
         target = torch.arange(count) % 2
@@ -288,11 +289,11 @@ def test_term_spreads_attention_and_does_not_cost_accuracy():
 
     def train(weight, seed):
         generator = torch.Generator().manual_seed(seed)
-        shift = 0.4 * torch.randn(16, generator=generator).sign()
+        shift = 0.3 * torch.randn(16, generator=generator).sign()
         x, target = bags(80, shift, generator)
         torch.manual_seed(seed)
         model = GatedAttentionMIL(16, 32, 2)
-        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         for _ in range(200):
             optimizer.zero_grad()
             aem_loss(*model(x), target, weight=weight).backward()

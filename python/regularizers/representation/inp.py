@@ -179,7 +179,8 @@ class INPDecoderBlock(nn.Module):
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     """Turn ``[B, N, D]`` into ``[B, H, N, D / H]``."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    divided: Tensor = x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return divided
 
 
 def _mlp(dim: int, mlp_ratio: float) -> nn.Sequential:

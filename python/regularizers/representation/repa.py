@@ -26,7 +26,6 @@ from regularizers._shared.entries import reduce_entries
 from regularizers._shared.flow_path import PATHS, Path, on_path
 from regularizers._shared.grid import token_grid
 from regularizers._shared.scheduled import ScheduledModule
-from regularizers._shared.taps import ActivationTap
 from regularizers.ops._operator import accumulate_dtype
 from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.ops.pairwise import pairwise_logsumexp
@@ -208,6 +207,32 @@ class REPAProjector(nn.Module):
         return projected
 
 
+class _Listener:
+    """A forward hook that keeps what a module returns while it listens.
+
+    It stays on the module: ``_shared.taps.ActivationTap`` puts its hooks on and off around a call,
+    which ``torch.compile`` cannot trace. When it does not listen, as where activation checkpointing
+    runs the module again, it holds on to nothing.
+    """
+
+    def __init__(self) -> None:
+        self.listening = False
+        self._output: Any = None
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.listening:
+            self._output = output
+
+    def take(self, name: str) -> Tensor:
+        """Return what was heard, and forget it."""
+        output, self._output = self._output, None
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"tap {name!r} must run and return a tensor, got {type(output).__name__}"
+            )
+        return output
+
+
 class REPA(ScheduledModule):
     r"""Run a denoiser and align one of its blocks with the features of frozen encoders.
 
@@ -265,13 +290,17 @@ class REPA(ScheduledModule):
     ) -> None:
         super().__init__()
         check_module("model", model)
-        ActivationTap(model, [tap])  # raises on an unknown name
+        modules = dict(model.named_modules())
+        if tap not in modules:
+            raise ValueError(f"tap names no submodule of the model, got {tap!r}")
         if len(target_dims) == 0:
             raise ValueError("target_dims must name one encoder at least, got none")
         check_one_of("similarity", similarity, _SIMILARITIES)
         check_positive("temperature", temperature)
         self.model = model
         self.tap = tap
+        self._listener = _Listener()
+        modules[tap].register_forward_hook(self._listener)
         self.hidden_dim = hidden_dim
         self.projectors = nn.ModuleList(
             REPAProjector(hidden_dim, dim, projector_dim=projector_dim) for dim in target_dims
@@ -298,9 +327,12 @@ class REPA(ScheduledModule):
             target_grid: as for :func:`repa_loss`.
             kwargs: of the model.
         """
-        with ActivationTap(self.model, [self.tap]) as tapped:
+        self._listener.listening = True
+        try:
             output = self.model(*args, **kwargs)
-        hidden = tapped[self.tap]
+        finally:
+            self._listener.listening = False
+        hidden = self._listener.take(self.tap)
         check_shape("tap", hidden, (None, None, self.hidden_dim), "[batch, tokens, hidden_dim]")
         align = repa_loss(
             [projector(hidden) for projector in self.projectors],
