@@ -216,20 +216,20 @@ class _Listener:
     """
 
     def __init__(self) -> None:
-        self.listening = False
+        self._listening = False
         self._output: Any = None
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self.listening:
+        if self._listening:
             self._output = output
 
-    def take(self, name: str) -> Tensor:
-        """Return what was heard, and forget it."""
+    def start(self) -> None:
+        self._listening = True
+
+    def stop(self) -> Any:
+        """Return what was heard, or None, and forget it."""
         output, self._output = self._output, None
-        if not isinstance(output, Tensor):
-            raise ValueError(
-                f"tap {name!r} must run and return a tensor, got {type(output).__name__}"
-            )
+        self._listening = False
         return output
 
 
@@ -327,12 +327,15 @@ class REPA(ScheduledModule):
             target_grid: as for :func:`repa_loss`.
             kwargs: of the model.
         """
-        self._listener.listening = True
+        self._listener.start()
         try:
             output = self.model(*args, **kwargs)
         finally:
-            self._listener.listening = False
-        hidden = self._listener.take(self.tap)
+            hidden = self._listener.stop()
+        if not isinstance(hidden, Tensor):
+            raise ValueError(
+                f"tap {self.tap!r} must run and return a tensor, got {type(hidden).__name__}"
+            )
         check_shape("tap", hidden, (None, None, self.hidden_dim), "[batch, tokens, hidden_dim]")
         align = repa_loss(
             [projector(hidden) for projector in self.projectors],
