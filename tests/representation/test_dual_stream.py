@@ -363,6 +363,18 @@ def test_total_is_the_weighted_sum_of_its_terms():
     torch.testing.assert_close(found.total, 0.5 * presence + 2 * prototype + 3 * intra)
 
 
+def test_loss_runs_under_autocast():
+    banks = torch.randn(3, 5), torch.randn(4, 6)
+    loss = DualStreamLoss(4, *banks, num_negatives=None)
+    a, b, table = torch.randn(2, 3, 4), torch.randn(2, 4, 4), _table(2, 3, 4)
+    expected = loss(a, b, table.amax(2), table.amax(1), table)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(a, b, table.amax(2), table.amax(1), table)
+    for have, want in zip(found, expected, strict=True):
+        assert have.dtype == torch.float32
+        torch.testing.assert_close(have, want, rtol=0.03, atol=0.03)
+
+
 def test_unknown_presences_alone_are_zero():
     loss = DualStreamLoss(4, torch.randn(3, 5), torch.randn(4, 6), num_negatives=1)
     none = torch.full((2, 3), -1), torch.full((2, 4), -1), torch.full((2, 3, 4), -1)

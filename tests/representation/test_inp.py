@@ -149,6 +149,17 @@ def test_model_compares_averaged_layers_with_averaged_blocks_in_reverse():
     torch.testing.assert_close(model.score(found, size=(4, 6)), scores)
 
 
+def test_model_trains_under_autocast():
+    model, layer = _spread(INPFormer(8, num_heads=2, decoder_depth=2)), torch.randn(2, 9, 8)
+    expected = model.loss(model([layer, layer]))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(model([layer, layer]))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.02)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_encoder_gets_no_gradient_from_the_model():
     model = INPFormer(8, num_heads=2, decoder_depth=2, groups=1)
     layer = torch.randn(2, 9, 8, requires_grad=True)

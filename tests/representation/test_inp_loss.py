@@ -77,6 +77,15 @@ def test_half_types_give_float32_and_nan_gives_nan():
     assert coherence_loss(x, p).isnan()
 
 
+def test_half_types_may_stand_beside_wide_ones():
+    x, p = torch.randn(2, 9, 64), torch.randn(2, 3, 64).half()
+    torch.testing.assert_close(coherence_loss(x, p), coherence_loss(x, p.float()))
+    e, d = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3).half()
+    torch.testing.assert_close(
+        soft_mining_cosine_loss([e], [d]), soft_mining_cosine_loss([e], [d.float()])
+    )
+
+
 def _pair_with_errors(errors):
     """Return e and d of two channels, one row of places, with the given 1 - cos."""
     errors = torch.tensor(errors, dtype=torch.float64)
@@ -188,13 +197,13 @@ def test_bad_input_names_the_argument():
         (ValueError, "tokens must", lambda: coherence_loss(x[:, :0], p)),
         (ValueError, "prototypes must", lambda: coherence_loss(x, p[:1])),
         (ValueError, "prototypes must", lambda: coherence_loss(x, p[:, :0])),
-        (TypeError, "prototypes must", lambda: coherence_loss(x, p.double())),
+        (TypeError, "prototypes must", lambda: coherence_loss(x, p.long())),
         (TypeError, "tokens must", lambda: coherence_loss(x.long(), p)),
         (ValueError, "reduction must", lambda: coherence_loss(x, p, reduction="max")),
         (ValueError, "decoder_feats must", lambda: soft_mining_cosine_loss([e], [e, e])),
         (ValueError, "decoder_feats must", lambda: soft_mining_cosine_loss([], [])),
         (ValueError, "decoder_feats must", lambda: soft_mining_cosine_loss([e], [e[..., :2]])),
-        (TypeError, "decoder_feats must", lambda: soft_mining_cosine_loss([e], [e.double()])),
+        (TypeError, "decoder_feats must", lambda: soft_mining_cosine_loss([e], [e.long()])),
         (ValueError, "power must", lambda: soft_mining_cosine_loss([e], [e], power=-1.0)),
         (ValueError, "reduction must", lambda: soft_mining_cosine_loss([e], [e], reduction="max")),
         (ValueError, "size must", lambda: anomaly_map([e], [e], size=0)),

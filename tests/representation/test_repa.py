@@ -227,6 +227,17 @@ def test_wrapper_holds_on_to_no_activation():
     assert [reference() for reference in kept] == [None, None]
 
 
+def test_wrapper_trains_under_autocast():
+    repa = REPA(_Denoiser(), "second", 12, [5], projector_dim=7)
+    x, t, z = torch.randn(2, 4, 8), torch.rand(2), torch.randn(2, 4, 5)
+    for repa.similarity in ("cosine", "nt_xent"):
+        expected = repa(x, t, targets=z)[1]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = repa(x, t, targets=z)[1]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
 def test_two_wrappers_of_one_model_tap_their_own_blocks():
     model, z = _Denoiser(), torch.randn(2, 4, 5)
     first = REPA(model, "first", 12, [5], projector_dim=7)

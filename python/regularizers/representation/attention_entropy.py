@@ -25,6 +25,7 @@ from regularizers._shared.scheduled import scheduled
 from regularizers.ops._operator import accumulate_dtype
 from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
+_LOG_OF_ZERO = -1000.0
 # Rows of probabilities in half types add up to a little more than 1.
 _ROUNDING = 1e-2
 
@@ -83,8 +84,8 @@ def attention_neg_entropy(
         wide = wide.where(mask[..., None, :], -torch.inf)
     log_weight = wide.log_softmax(-1)
     weight = log_weight.exp()
-    # 0 log 0 = 0, in value and in gradient.
-    log_weight = torch.where(weight == 0, 0, log_weight)
+    # 0 log 0 = 0, in value and in gradient: below the bound every type's exponential is 0.
+    log_weight = log_weight.clamp_min(_LOG_OF_ZERO)
     return _over_bags((weight * log_weight).sum(-1), logits, mask, normalize, reduction)
 
 

@@ -16,7 +16,6 @@ from regularizers._shared.checks import (
     check_not_negative,
     check_one_of,
     check_same_device,
-    check_same_dtype,
     check_shape,
 )
 from regularizers._shared.directions import cosine, unit
@@ -90,7 +89,7 @@ def coherence_loss(
         :class:`PrototypeAssignment`.
 
     Raises:
-        TypeError: a tensor is not floating-point, or the types differ.
+        TypeError: a tensor is not floating-point.
         ValueError: a shape does not fit, or ``reduction`` is unknown.
 
     Example:
@@ -104,14 +103,14 @@ def coherence_loss(
     """
     check_tokens("tokens", tokens, None)
     check_tokens("prototypes", prototypes, tokens.shape[2], len(tokens))
-    check_same_dtype("prototypes", prototypes, "tokens", tokens)
     check_same_device("prototypes", prototypes, "tokens", tokens)
     check_one_of("reduction", reduction, REDUCTIONS)
-    x = tokens.to(accumulate_dtype(tokens.dtype))
+    dtype = accumulate_dtype(torch.promote_types(tokens.dtype, prototypes.dtype))
+    x = tokens.to(dtype)
     # The length of a token is the same for all prototypes: divide the largest product, and make no
     # normalised copy of the tokens, which are all of the memory here.
     with full_precision(x.device):
-        nearest, index = (x @ unit(prototypes).mT).max(-1)
+        nearest, index = (x @ unit(prototypes.to(dtype)).mT).max(-1)
     length = torch.linalg.vector_norm(x, dim=-1)
     none = length == 0
     distance = 1 - torch.where(none, 0, nearest / torch.where(none, 1, length))
@@ -174,7 +173,7 @@ def soft_mining_cosine_loss(
         The loss; float32 for half types.
 
     Raises:
-        TypeError: a map is not floating-point, or the types differ.
+        TypeError: a map is not floating-point.
         ValueError: the sequences are empty or differ in length, shapes do not fit, ``power`` is
             negative, or ``reduction`` is unknown.
 
@@ -236,7 +235,7 @@ def anomaly_map(
         Scores ``[B, 1, H, W]``, float32 for half types.
 
     Raises:
-        TypeError: a map is not floating-point, or the types differ.
+        TypeError: a map is not floating-point.
         ValueError: the sequences are empty or differ in length, or a shape does not fit.
 
     Example:
@@ -280,7 +279,6 @@ def _check_maps(
         check_floating("decoder_feats", d)
         check_shape("encoder_feats", e, (None, None, None, None), "[batch, channels, H, W] each")
         check_shape("decoder_feats", d, tuple(e.shape), "that of the map of encoder_feats")
-        check_same_dtype("decoder_feats", d, "encoder_feats", e)
         check_same_device("decoder_feats", d, "encoder_feats", e)
         if len(e) != len(encoder_feats[0]):
             raise ValueError(f"encoder_feats must have one batch size, got {len(e)} images")
