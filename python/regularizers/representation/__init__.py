@@ -5,12 +5,25 @@ from regularizers.representation.attention import (
     CoordinateAttention2d,
     SqueezeExcitation2d,
 )
+from regularizers.representation.attention_entropy import (
+    GatedAttentionMIL,
+    aem_loss,
+    attention_neg_entropy,
+    attention_neg_entropy_from_probs,
+)
 from regularizers.representation.collapse import (
     collapse_metrics,
 )
 from regularizers.representation.conr import (
     ConRLoss,
     conr_loss,
+)
+from regularizers.representation.dual_stream import (
+    DualStreamLoss,
+    DualStreamTerms,
+    StreamSplitter,
+    intra_image_contrastive_loss,
+    prototype_contrastive_loss,
 )
 from regularizers.representation.enforced_moe import (
     EnforcedMoE,
@@ -21,6 +34,18 @@ from regularizers.representation.enforced_moe import (
 from regularizers.representation.feature_tokens import (
     FeatureTokenizer,
     RegularizationTokens,
+)
+from regularizers.representation.inp import (
+    INPDecoderBlock,
+    INPExtractor,
+    INPFormer,
+    INPOutput,
+)
+from regularizers.representation.inp_loss import (
+    PrototypeAssignment,
+    anomaly_map,
+    coherence_loss,
+    soft_mining_cosine_loss,
 )
 from regularizers.representation.item_ssl import (
     batch_contrastive_loss,
@@ -36,6 +61,12 @@ from regularizers.representation.item_views import (
 from regularizers.representation.mnr import (
     mnr_loss,
     mnr_plus_loss,
+)
+from regularizers.representation.repa import (
+    REPA,
+    REPAProjector,
+    repa_loss,
+    sample_interpolant,
 )
 from regularizers.representation.similarity import (
     SimilarityF1,
@@ -54,17 +85,33 @@ __all__ = [
     "BalancedAttention2d",
     "ConRLoss",
     "CoordinateAttention2d",
+    "DualStreamLoss",
+    "DualStreamTerms",
     "EnforcedMoE",
     "FeaturePredictor",
     "FeatureTokenizer",
+    "GatedAttentionMIL",
+    "INPDecoderBlock",
+    "INPExtractor",
+    "INPFormer",
+    "INPOutput",
     "ItemAugmenter",
+    "PrototypeAssignment",
+    "REPA",
+    "REPAProjector",
     "RegularizationTokens",
     "SimilarityF1",
     "SqueezeExcitation2d",
+    "StreamSplitter",
     "TabularJEPA",
     "TabularJEPAOutput",
+    "aem_loss",
+    "anomaly_map",
+    "attention_neg_entropy",
+    "attention_neg_entropy_from_probs",
     "batch_contrastive_loss",
     "batch_softmax_loss",
+    "coherence_loss",
     "collapse_metrics",
     "conr_loss",
     "convert_to_enforced_moe",
@@ -72,12 +119,17 @@ __all__ = [
     "ema_update_",
     "expert_assignment",
     "feature_mutual_information",
+    "intra_image_contrastive_loss",
     "jepa_loss",
     "mnr_loss",
     "mnr_plus_loss",
+    "prototype_contrastive_loss",
     "random_feature_mask",
+    "repa_loss",
+    "sample_interpolant",
     "seed_domain_tokens",
     "similarity_f1",
     "similarity_ratio",
+    "soft_mining_cosine_loss",
     "spread_out_loss",
 ]
