@@ -11,13 +11,9 @@ from torch import Tensor
 from regularizers._shared.checks import (
     check_floating,
     check_one_of,
-    check_same_device,
-    check_same_dtype,
-    known_range,
 )
-from regularizers._shared.reductions import REDUCTIONS, Reduction
-from regularizers._shared.checks import check_floating, check_one_of
 from regularizers._shared.flow_path import PATHS, Path, on_path
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers.ops._operator import loss_dtype
 
 

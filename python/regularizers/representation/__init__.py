@@ -82,6 +82,7 @@ from regularizers.representation.tabular_jepa import (
 )
 
 __all__ = [
+    "REPA",
     "BalancedAttention2d",
     "ConRLoss",
     "CoordinateAttention2d",
@@ -97,7 +98,6 @@ __all__ = [
     "INPOutput",
     "ItemAugmenter",
     "PrototypeAssignment",
-    "REPA",
     "REPAProjector",
     "RegularizationTokens",
     "SimilarityF1",

@@ -21,9 +21,9 @@ from regularizers._shared.checks import (
     known_range,
 )
 from regularizers._shared.entries import reduce_entries
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers._shared.scheduled import scheduled
 from regularizers.ops._operator import accumulate_dtype
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 _LOG_OF_ZERO = -1000.0
 # Rows of probabilities in half types add up to a little more than 1.

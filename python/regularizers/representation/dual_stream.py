@@ -24,8 +24,8 @@ from regularizers._shared.directions import unit
 from regularizers._shared.distributed import agree_on_seed
 from regularizers._shared.entries import reduce_entries
 from regularizers._shared.randomness import draw_seed
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers.ops._operator import accumulate_dtype, full_precision
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.ops.philox import philox_words
 
 Gate = Literal["linear", "sigmoid"]

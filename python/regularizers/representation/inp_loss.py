@@ -21,8 +21,8 @@ from regularizers._shared.checks import (
 from regularizers._shared.directions import cosine, unit
 from regularizers._shared.distributed import add_up
 from regularizers._shared.entries import reduce_entries
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers.ops._operator import accumulate_dtype, full_precision
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 
 class PrototypeAssignment(NamedTuple):

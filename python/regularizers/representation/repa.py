@@ -25,9 +25,9 @@ from regularizers._shared.distributed import gather_rows
 from regularizers._shared.entries import reduce_entries
 from regularizers._shared.flow_path import PATHS, Path, on_path
 from regularizers._shared.grid import token_grid
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers._shared.scheduled import ScheduledModule
 from regularizers.ops._operator import accumulate_dtype
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.ops.pairwise import pairwise_logsumexp
 
 Similarity = Literal["cosine", "nt_xent"]
