@@ -30,7 +30,12 @@ def gather_batch(z: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return z
     from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(all_gather(z, group=group), dim=-2)
+    whole = torch.cat(all_gather(z, group=group), dim=-2)
+    if whole.requires_grad:
+        # On its way back torch receives into buffers with the strides of the gradient, which the
+        # collective ignores: a transposed gradient would arrive in another order.
+        whole.register_hook(Tensor.contiguous)
+    return whole
 
 
 def agree_on_seed(seed: Tensor, group: dist.ProcessGroup | None) -> Tensor:

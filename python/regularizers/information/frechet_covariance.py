@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -295,7 +296,7 @@ def metric_distances(
         # Accurate at 0 and at pi, where the arc cosine of the product is not.
         angle: Tensor = 2 * torch.atan2(_euclidean(unit), _euclidean(unit, -unit))
         return angle
-    return _euclidean(y.sort(dim=1).values) / y.shape[1] ** 0.5
+    return _euclidean(y.sort(dim=1).values / math.sqrt(y.shape[1]))
 
 
 def _euclidean(a: Tensor, b: Tensor | None = None) -> Tensor:
