@@ -10,8 +10,8 @@ from regularizers.information import (
     ManifoldEntropy,
     NoisyRegressor,
     fccov,
+    fccov_kernel,
     fccov_loss,
-    fccov_ranks,
     gaussian_output_information,
     kde_information,
     metric_distances,
@@ -59,8 +59,8 @@ def _bank():
     return torch.randn(20, DIM, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
-def _ranks(labels, group):
-    return fccov_ranks(metric_distances(labels[:, None].double(), process_group=group))
+def _kernel(labels, group):
+    return fccov_kernel(metric_distances(labels[:, None].double(), process_group=group))
 
 
 LOSSES = {
@@ -74,10 +74,10 @@ LOSSES = {
     ),
     "regression": _regression,
     "cumulative covariance": lambda group: (
-        lambda z, labels: fccov(z, _ranks(labels, group), process_group=group)
+        lambda z, labels: fccov(z, _kernel(labels, group), process_group=group)
     ),
     "predictors": lambda group: (
-        lambda z, labels: fccov_loss(z, _ranks(labels, group), process_group=group)
+        lambda z, labels: fccov_loss(z, _kernel(labels, group), process_group=group)
     ),
     "entropy of the mean": lambda group: (
         lambda z, labels: nn_entropy_loss(z, _bank(), process_group=group)

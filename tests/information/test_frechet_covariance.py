@@ -9,8 +9,8 @@ from torch import nn
 from regularizers.information import (
     FCCovLoss,
     fccov,
+    fccov_kernel,
     fccov_loss,
-    fccov_ranks,
     metric_distances,
 )
 
@@ -43,7 +43,7 @@ def test_worked_example_is_5_81sts():
 
 
 @pytest.mark.parametrize("levels", [None, 3])
-def test_prefix_sums_equal_the_triple_sum_with_and_without_ties(levels):
+def test_quadratic_form_equals_the_triple_sum_with_and_without_ties(levels):
     u = torch.randn(9, 2, dtype=torch.float64)
     y = torch.randn(9, 2, dtype=torch.float64)
     if levels is not None:
@@ -59,9 +59,9 @@ def test_components_add_up():
     torch.testing.assert_close(fccov(u[:, 1], dist), each[1])
 
 
-def test_ranks_save_the_sorting_and_change_nothing():
+def test_a_kernel_saves_the_sorting_and_change_nothing():
     u, dist = torch.randn(20, 3), metric_distances(torch.randint(4, (20, 1)).float())
-    assert torch.equal(fccov(u, fccov_ranks(dist)), fccov(u, dist))
+    assert torch.equal(fccov(u, fccov_kernel(dist)), fccov(u, dist))
 
 
 def test_value_takes_the_square_of_a_scale_and_no_shift():
@@ -106,10 +106,10 @@ def test_a_constant_predictor_or_response_gives_zero():
 @pytest.mark.parametrize("levels", [None, 3])
 def test_predictor_gets_its_derivative(levels):
     y = torch.randn(6, 1) if levels is None else torch.randint(levels, (6, 1)).float()
-    ranks = fccov_ranks(metric_distances(y))
+    kernel = fccov_kernel(metric_distances(y))
     u = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda u: fccov(u, ranks, reduction="none"), u)
-    assert torch.autograd.gradgradcheck(lambda u: fccov(u, ranks), u)
+    assert torch.autograd.gradcheck(lambda u: fccov(u, kernel, reduction="none"), u)
+    assert torch.autograd.gradgradcheck(lambda u: fccov(u, kernel), u)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -131,7 +131,7 @@ def test_loss_is_the_penalty_less_the_dependence():
     covariance = torch.cov(f.T, correction=0)
     expected = 0.3 * (covariance - torch.eye(3)).square().sum() - fccov(f, dist)
     torch.testing.assert_close(fccov_loss(f, dist, lam=0.3), expected)
-    torch.testing.assert_close(FCCovLoss(lam=0.3)(f, fccov_ranks(dist)), expected)
+    torch.testing.assert_close(FCCovLoss(lam=0.3)(f, fccov_kernel(dist)), expected)
 
 
 def test_white_predictors_pay_no_penalty():
@@ -160,10 +160,10 @@ def test_strength_may_be_a_tensor():
 
 def test_loss_compiles(fresh_dynamo):
     f = torch.randn(20, 2, requires_grad=True)
-    ranks = fccov_ranks(metric_distances(torch.randn(20)))
+    kernel = fccov_kernel(metric_distances(torch.randn(20)))
     loss = FCCovLoss(lam=0.5)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    expected, found = loss(f, ranks), compiled(f, ranks)
+    expected, found = loss(f, kernel), compiled(f, kernel)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x, f)[0] for x in (found, expected)))
 
@@ -201,9 +201,9 @@ def test_a_callable_gets_all_pairs():
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "sphere", "wasserstein1d"])
-def test_distances_pass_the_checks_of_the_ranks(metric):
+def test_distances_pass_the_checks_of_the_kernel(metric):
     y = 100 + torch.randn(60, 7)
-    fccov_ranks(metric_distances(y, metric=metric))
+    fccov_kernel(metric_distances(y, metric=metric))
 
 
 def test_bad_input_names_the_argument():
@@ -215,13 +215,13 @@ def test_bad_input_names_the_argument():
         (ValueError, "u must", lambda: fccov(u[None, None], dist)),
         (ValueError, "dist must be of the N", lambda: fccov(u[:3], dist)),
         (ValueError, "reduction must", lambda: fccov(u, dist, reduction="mean")),
-        (TypeError, "dist must", lambda: fccov_ranks(dist.int())),
-        (ValueError, "dist must have shape", lambda: fccov_ranks(dist[:3])),
-        (ValueError, "dist must have shape", lambda: fccov_ranks(dist[:2, :2])),
-        (ValueError, "dist must be at least 0", lambda: fccov_ranks(-dist)),
-        (ValueError, "dist must be symmetric", lambda: fccov_ranks(other)),
-        (ValueError, "dist must be 0", lambda: fccov_ranks(dist + 1)),
-        (ValueError, "dist must be at least 0", lambda: fccov_ranks(dist * torch.nan)),
+        (TypeError, "dist must", lambda: fccov_kernel(dist.int())),
+        (ValueError, "dist must have shape", lambda: fccov_kernel(dist[:3])),
+        (ValueError, "dist must have shape", lambda: fccov_kernel(dist[:2, :2])),
+        (ValueError, "dist must be at least 0", lambda: fccov_kernel(-dist)),
+        (ValueError, "dist must be symmetric", lambda: fccov_kernel(other)),
+        (ValueError, "dist must be 0", lambda: fccov_kernel(dist + 1)),
+        (ValueError, "dist must be at least 0", lambda: fccov_kernel(dist * torch.nan)),
         (ValueError, "lam must", lambda: FCCovLoss(lam=-1.0)),
         (ValueError, "f must", lambda: fccov_loss(u, dist)),
         (ValueError, "metric must", lambda: metric_distances(u, metric="cosine")),
@@ -247,7 +247,7 @@ def test_training_finds_the_sufficient_predictor_of_a_circular_response():
 
     (x, y, _), (new, _, truth) = draw(300), draw(500)
     net = nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
-    ranks = fccov_ranks(metric_distances(y, metric="sphere"))
+    kernel = fccov_kernel(metric_distances(y, metric="sphere"))
     optimizer = torch.optim.Adam(net.parameters(), lr=5e-3)
 
     def correlation():
@@ -258,7 +258,7 @@ def test_training_finds_the_sufficient_predictor_of_a_circular_response():
     before = correlation()
     for _ in range(300):
         optimizer.zero_grad()
-        fccov_loss(net(x), ranks, lam=0.1).backward()
+        fccov_loss(net(x), kernel, lam=0.1).backward()
         optimizer.step()
     assert before < 0.7
     assert correlation() > 0.9

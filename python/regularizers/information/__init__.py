@@ -8,11 +8,11 @@ from regularizers.information.estimators import (
     kde_information,
 )
 from regularizers.information.frechet_covariance import (
+    FCCovKernel,
     FCCovLoss,
-    FCCovRanks,
     fccov,
+    fccov_kernel,
     fccov_loss,
-    fccov_ranks,
     metric_distances,
 )
 from regularizers.information.inversion import (
@@ -39,8 +39,8 @@ from regularizers.information.mid_tree import (
 )
 
 __all__ = [
+    "FCCovKernel",
     "FCCovLoss",
-    "FCCovRanks",
     "InformationPlane",
     "MIDTreeClassifier",
     "ManifoldEntropy",
@@ -54,8 +54,8 @@ __all__ = [
     "ebab_edges",
     "ebab_information",
     "fccov",
+    "fccov_kernel",
     "fccov_loss",
-    "fccov_ranks",
     "gaussian_output_information",
     "gradient_inversion_attack",
     "kde_information",
