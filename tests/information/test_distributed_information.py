@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from regularizers._shared.distributed import gather_batch
 from regularizers.information import (
     ManifoldEntropy,
     NoisyRegressor,
@@ -63,7 +64,14 @@ def _kernel(labels, group):
     return fccov_kernel(metric_distances(labels[:, None].double(), process_group=group))
 
 
+def _by_columns(group):
+    """Gathered rows whose gradient comes back transposed."""
+    weight = torch.arange(10 * DIM, dtype=torch.float64).reshape(DIM, 10).cos()
+    return lambda z, labels: (gather_batch(z, group).T.contiguous() * weight).square().sum()
+
+
 LOSSES = {
+    "rows read by columns": _by_columns,
     "kernel information": lambda group: (
         lambda z, labels: sum(kde_information(z, labels, process_group=group))
     ),

@@ -15,7 +15,7 @@ from regularizers.information import (
     linear_inversion_attack,
     mid_loss,
 )
-from tests.harness import MethodContract
+from tests.harness import GraphRecorder, MethodContract
 
 
 class TestVIBHead(MethodContract):
@@ -112,6 +112,26 @@ def test_beta_may_be_a_tensor_and_the_types_half():
     assert found.dtype == torch.float32
     wide = [x.float() for x in half]
     torch.testing.assert_close(found, mid_loss(wide[0], target, *wide[1:], beta=0.1))
+
+
+def test_a_schedule_of_beta_compiles_once(fresh_dynamo):
+    logits, mu, std = torch.randn(5, 3), torch.randn(5, 4), torch.rand(5, 4)
+    target = torch.randint(3, (5,))
+    graphs = GraphRecorder()
+    compiled = torch.compile(mid_loss, fullgraph=True, backend=graphs)
+    for beta in torch.linspace(0, 0.1, 10):
+        expected = mid_loss(logits, target, mu, std, beta=beta)
+        torch.testing.assert_close(compiled(logits, target, mu, std, beta=beta), expected)
+    assert len(graphs) == 1
+
+
+def test_output_information_compiles(fresh_dynamo):
+    pred = torch.randn(20, 2)
+    compiled = torch.compile(gaussian_output_information, fullgraph=True, backend="aot_eager")
+    for estimator in ("smallest", "lower"):
+        expected = gaussian_output_information(pred, noise_std=0.5, estimator=estimator)
+        found = compiled(pred, noise_std=0.5, estimator=estimator)
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_deviation_that_underflows_stays_finite():

@@ -2,6 +2,8 @@
 
 from regularizers.information.estimators import (
     InformationPlane,
+    InformationRow,
+    LayerInformation,
     binned_information,
     ebab_edges,
     ebab_information,
@@ -20,6 +22,8 @@ from regularizers.information.inversion import (
     linear_inversion_attack,
 )
 from regularizers.information.manifold_entropy import (
+    CriticTerms,
+    GeneratorTerms,
     ManifoldEntropy,
     RingBuffer,
     disomap_loss,
@@ -39,9 +43,13 @@ from regularizers.information.mid_tree import (
 )
 
 __all__ = [
+    "CriticTerms",
     "FCCovKernel",
     "FCCovLoss",
+    "GeneratorTerms",
     "InformationPlane",
+    "InformationRow",
+    "LayerInformation",
     "MIDTreeClassifier",
     "ManifoldEntropy",
     "NoisyRegressor",

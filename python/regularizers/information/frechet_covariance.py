@@ -153,10 +153,11 @@ def fccov(
     check_same_device("dist", matrix, "u", u)
     if len(matrix) != len(rows):
         raise ValueError(f"dist must be of the N = {len(rows)} points of u, got {len(matrix)}")
-    centred = rows - rows.mean(0)
+    centred = (rows - rows.mean(0)).T.contiguous()
     with full_precision(rows.device):
-        products = matrix.to(rows.dtype) @ centred
-    value = (centred * products).sum(0) / len(rows) ** 2
+        # The matrix is symmetric; a few long rows times it are read in its own order.
+        products = centred @ matrix.to(rows.dtype)
+    value = (centred * products).sum(1) / len(rows) ** 2
     return value if reduction == "none" else value.sum()
 
 

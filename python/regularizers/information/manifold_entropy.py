@@ -310,6 +310,12 @@ class CriticTerms(NamedTuple):
         entropy: :func:`nn_entropy_loss` of the real embeddings, without weight.
         dlle: :func:`dlle_loss` of real plus of fake samples.
         disomap: :func:`disomap_loss` between them.
+
+    Example:
+        >>> critic, terms = nn.Sequential(nn.Linear(2, 8), nn.Tanh()), ManifoldEntropy(8)
+        >>> found = terms.discriminator_terms(critic, torch.ones(4, 2), torch.zeros(4, 2), epoch=0)
+        >>> torch.equal(found.loss, found.critic + found.dlle + found.disomap)  # no weight yet
+        True
     """
 
     loss: Tensor
@@ -326,6 +332,12 @@ class GeneratorTerms(NamedTuple):
         loss: to minimise: critic + weight * entropy.
         critic: -mean E(fake).
         entropy: :func:`nn_entropy_loss` of the fake embeddings, without weight.
+
+    Example:
+        >>> critic, terms = nn.Sequential(nn.Linear(2, 8), nn.Tanh()), ManifoldEntropy(8)
+        >>> found = terms.generator_terms(critic, torch.zeros(4, 2), epoch=0)
+        >>> torch.equal(found.loss, found.critic)  # no weight yet
+        True
     """
 
     loss: Tensor
