@@ -274,15 +274,16 @@ def kernel_information(
     """Return the bound for noise of variance 1, of all rows and within classes, in nats."""
     # Between Gaussians of one variance, Bhattacharyya's distance is a quarter of the divergence.
     scale = -0.5 if bound == "upper" else -0.125
-    everywhere = pairwise_logsumexp(t, kind="sqdist", scale=scale, exclude_self=False)
-    information = (math.log(len(t)) - everywhere.logsumexp).mean()
+    everywhere = _mean_surprise(t, scale, None)
     if labels is None:
-        return information, torch.zeros_like(information)
-    same = pairwise_logsumexp(
-        t, kind="sqdist", scale=scale, pairs=SameLabel(labels), exclude_self=False
-    )
-    within = (same.pair_count.to(t.dtype).log() - same.logsumexp).mean()
-    return information, within
+        return everywhere, torch.zeros_like(everywhere)
+    return everywhere, _mean_surprise(t, scale, SameLabel(labels))
+
+
+def _mean_surprise(t: Tensor, scale: float, pairs: SameLabel | None) -> Tensor:
+    """Return minus the mean logarithm of the mean kernel between a row and its pairs."""
+    sums = pairwise_logsumexp(t, kind="sqdist", scale=scale, pairs=pairs, exclude_self=False)
+    return (sums.pair_count.to(t.dtype).log() - sums.logsumexp).mean()
 
 
 class InformationRow(NamedTuple):
