@@ -1,3 +1,75 @@
 """Methods on mutual information, entropy and dependence: estimators, bounds and penalties."""
 
-__all__: list[str] = []
+from regularizers.information.estimators import (
+    InformationPlane,
+    InformationRow,
+    LayerInformation,
+    binned_information,
+    ebab_edges,
+    ebab_information,
+    kde_information,
+)
+from regularizers.information.frechet_covariance import (
+    FCCovKernel,
+    FCCovLoss,
+    fccov,
+    fccov_kernel,
+    fccov_loss,
+    metric_distances,
+)
+from regularizers.information.inversion import (
+    gradient_inversion_attack,
+    linear_inversion_attack,
+)
+from regularizers.information.manifold_entropy import (
+    CriticTerms,
+    GeneratorTerms,
+    ManifoldEntropy,
+    RingBuffer,
+    disomap_loss,
+    dlle_loss,
+    knn_entropy,
+    nn_entropy_loss,
+)
+from regularizers.information.mid import (
+    NoisyRegressor,
+    VIBHead,
+    VIBOutput,
+    gaussian_output_information,
+    mid_loss,
+)
+from regularizers.information.mid_tree import (
+    MIDTreeClassifier,
+)
+
+__all__ = [
+    "CriticTerms",
+    "FCCovKernel",
+    "FCCovLoss",
+    "GeneratorTerms",
+    "InformationPlane",
+    "InformationRow",
+    "LayerInformation",
+    "MIDTreeClassifier",
+    "ManifoldEntropy",
+    "NoisyRegressor",
+    "RingBuffer",
+    "VIBHead",
+    "VIBOutput",
+    "binned_information",
+    "disomap_loss",
+    "dlle_loss",
+    "ebab_edges",
+    "ebab_information",
+    "fccov",
+    "fccov_kernel",
+    "fccov_loss",
+    "gaussian_output_information",
+    "gradient_inversion_attack",
+    "kde_information",
+    "knn_entropy",
+    "linear_inversion_attack",
+    "metric_distances",
+    "mid_loss",
+    "nn_entropy_loss",
+]
