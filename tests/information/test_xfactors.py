@@ -140,7 +140,7 @@ def test_nan_gives_nan():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_half_types_give_float32(dtype):
-    z = PAIRS.to(dtype).requires_grad_()
+    z = PAIRS.clone().to(dtype).requires_grad_()
     loss = supervised_info_nce(z, torch.tensor([0, 0, 1, 1]), temperature=1.0)
     assert loss.dtype == (F64 if dtype == F64 else torch.float32)
     torch.testing.assert_close(loss.item(), 0.551445, rtol=0, atol=1e-6)
@@ -310,12 +310,19 @@ def test_score_is_between_for_mixed_latents_and_ignores_constant_dimensions():
 
 
 def _probe(features, target, *, train=400):
-    """Accuracy of ridge regression on one-hot labels, for the rows that it has not seen."""
-    x = torch.cat([features, features.new_ones(len(features), 1)], 1)
-    hot = nn.functional.one_hot(target, 4).to(x)
-    gram = x[:train].T @ x[:train] + 1e-3 * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = torch.linalg.solve(gram, x[:train].T @ hot[:train])
-    return ((x[train:] @ weight).argmax(1) == target[train:]).double().mean().item()
+    """Accuracy of logistic regression on the rows that it has not seen."""
+    features = (features - features.mean(0)) / features.std(0)
+    model = nn.Linear(features.shape[1], 4)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=50)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(features[:train]), target[:train])
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (model(features[train:]).argmax(1) == target[train:]).double().mean().item()
 
 
 def _probes(nce_weight):
@@ -326,9 +333,9 @@ def _probes(nce_weight):
     x = hot @ torch.randn(8, 24) + 0.1 * torch.randn(800, 24)
     encoder = nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Linear(64, 16))
     decoder = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 24))
-    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=3e-3)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-2)
     loss = XFactorsLoss([2, 2], nce_weights=nce_weight)
-    for _ in range(400):
+    for _ in range(200):
         rows = torch.randint(800, (128,))
         mu_s, logvar_s, mu_t, logvar_t = encoder(x[rows]).split(4, 1)
         z_s, z_t = (
@@ -347,10 +354,11 @@ def _probes(nce_weight):
 
 def test_blocks_hold_their_own_factor_and_forget_the_other():
     plain, split = _probes(0.0), _probes(0.1)
-    for own, other in split:
+    for (own, other), (plain_own, plain_other) in zip(split, plain, strict=True):
         assert own >= 0.95
+        assert own > plain_own
         assert other <= 0.6
-    assert max(other for _, other in split) < min(other for _, other in plain)
+        assert other < plain_other
 
 
 def _called(**changes):
