@@ -26,7 +26,7 @@ from regularizers._shared.reductions import REDUCTIONS, Reduction, check_labels,
 from regularizers.ops._operator import accumulate_dtype
 
 # Differences [rows, N, D] that one step of the contrast may hold.
-_BLOCK = 1 << 22
+_BLOCK = 1 << 20
 
 
 def poincare_expmap0(v: Tensor, *, c: float | Tensor = 1.0) -> Tensor:
