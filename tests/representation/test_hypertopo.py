@@ -236,6 +236,7 @@ def test_hyperbolic_nce_with_a_nan_is_nan():
     z = z.detach().clone()
     z[0, 0] = torch.nan
     assert hyperbolic_info_nce(z, ids).isnan()
+    assert hyperbolic_info_nce(z, torch.arange(4)).isnan()  # also where no row counts
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

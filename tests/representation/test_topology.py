@@ -195,6 +195,22 @@ def test_surrogate_restores_an_annulus_with_flipped_labels():
     assert wrong[1] < wrong[0] / 4
 
 
+def test_characteristic_alone_finds_other_masks_of_its_value():
+    truth = _annulus()
+    labels = torch.where(_noise(1, 1, 32, 32) < 0.04, 1 - truth, truth)
+    logits = (4 * labels - 2).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    for _ in range(100):
+        loss = euler_characteristic_loss(logits.sigmoid(), truth)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    mask = (logits.detach() > 0).double()
+    assert loss < 1e-5
+    assert (mask != truth).sum() > 2 * (labels != truth).sum()
+    assert betti_numbers(mask[0, 0]) != (1, 1)
+
+
 CALLS = {
     "soft": lambda x: soft_euler_characteristic(x),
     "euler": lambda x: euler_characteristic_loss(x, torch.zeros_like(x)),

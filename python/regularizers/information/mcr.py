@@ -14,14 +14,16 @@ from torch.nn import functional as F
 from regularizers._shared.checks import (
     check_at_least,
     check_floating,
+    check_labels,
     check_not_negative,
     check_one_of,
     check_positive,
     check_tensor,
 )
 from regularizers._shared.distributed import gather_batch, gather_rows
-from regularizers._shared.reductions import REDUCTIONS, Reduction, check_labels, reduced
+from regularizers._shared.reductions import reduce_rows
 from regularizers.ops._operator import accumulate_dtype, full_precision
+from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.ops.pairwise import OtherLabel, pairwise_logsumexp
 
 Kind = Literal["random", "different_index", "different_label", "same_label", "all_different_label"]
@@ -74,7 +76,7 @@ def jensen_shannon(p_logits: Tensor, q_logits: Tensor, *, reduction: Reduction =
     log_p, log_q = (F.log_softmax(x.to(dtype), 1).clamp_min(-1e4) for x in (p_logits, q_logits))
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     terms = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
-    return reduced(0.5 * terms.sum(1), reduction)
+    return reduce_rows(0.5 * terms.sum(1), reduction)
 
 
 def latent_permutations(
@@ -168,6 +170,7 @@ def nt_xent(
 
     over all ordered pairs of two samples with one label. The other positives of i are not in the
     denominator. With one label a sample, shared by its modalities, this is the unsupervised form.
+    Every pair has a loss of its own, so ``[N, N]`` losses are held at once.
 
     Args:
         z: ``[N, D]``, floating point; features of all modalities, one after the other.

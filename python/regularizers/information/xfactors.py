@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from regularizers._shared.checks import (
     check_at_least,
     check_floating,
+    check_labels,
     check_not_negative,
     check_one_of,
     check_positive,
@@ -20,9 +21,10 @@ from regularizers._shared.checks import (
     check_tensor,
 )
 from regularizers._shared.distributed import add_up, gather_batch, gather_rows
+from regularizers._shared.entries import reduce_entries
 from regularizers._shared.gaussian import kl_standard_normal
-from regularizers._shared.reductions import REDUCTIONS, Reduction, check_labels, reduced_over
 from regularizers.ops._operator import accumulate_dtype, full_precision
+from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.ops.pairwise import SameLabel, pairwise_logsumexp
 
 Similarity = Literal["cosine", "dot"]
@@ -103,7 +105,7 @@ def supervised_info_nce(
     anchors = counted & (near.pair_count > 0)
     losses = torch.where(anchors, every, 0) - torch.where(anchors, near.logsumexp, 0)
     # What has no anchor at all still hangs on the graph of z.
-    return reduced_over(losses, anchors, reduction) + 0 * rows.sum()
+    return reduce_entries(losses, reduction, valid=anchors) + 0 * rows.sum()
 
 
 class XFactorsOutput(NamedTuple):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from regularizers._shared.checks import (
     check_at_least,
     check_floating,
+    check_labels,
     check_not_negative,
     check_one_of,
     check_positive,
@@ -22,8 +23,9 @@ from regularizers._shared.checks import (
     check_values,
 )
 from regularizers._shared.distributed import gather_batch, gather_rows
-from regularizers._shared.reductions import REDUCTIONS, Reduction, check_labels, reduced_over
+from regularizers._shared.entries import reduce_entries
 from regularizers.ops._operator import accumulate_dtype
+from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 # Differences [rows, N, D] that one step of the contrast may hold.
 _BLOCK = 1 << 20
@@ -168,24 +170,25 @@ def hyperbolic_info_nce(
     wide, ids = gather_batch(wide, process_group), gather_rows(ids, process_group)
     rows = max(1, _BLOCK // max(1, wide.numel()))
     if rows >= len(wide):
-        losses, positives = _losses(wide, ids, curvature, temperature, 0, len(wide))
-        return reduced_over(losses, positives > 0, reduction)
-    parts = [
-        checkpoint(
-            _losses,
-            wide,
-            ids,
-            curvature,
-            temperature,
-            start,
-            min(start + rows, len(wide)),
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for start in range(0, len(wide), rows)
-    ]
+        parts = [_losses(wide, ids, curvature, temperature, 0, len(wide))]
+    else:
+        parts = [
+            checkpoint(
+                _losses,
+                wide,
+                ids,
+                curvature,
+                temperature,
+                start,
+                min(start + rows, len(wide)),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for start in range(0, len(wide), rows)
+        ]
     losses, positives = (torch.cat(column) for column in zip(*parts, strict=True))
-    return reduced_over(losses, positives > 0, reduction)
+    # NaN comes out also where no row counts.
+    return reduce_entries(losses, reduction, valid=positives > 0) + 0 * wide.sum()
 
 
 def _losses(

@@ -15,8 +15,9 @@ from regularizers._shared.checks import (
     check_tensor,
     check_values,
 )
-from regularizers._shared.reductions import REDUCTIONS, Reduction, reduced
+from regularizers._shared.reductions import reduce_rows
 from regularizers.ops._operator import accumulate_dtype
+from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 
 def soft_euler_characteristic(occ: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def euler_characteristic_loss(
     errors = (found - truth).square().mean(1)
     if normalize:
         errors = errors / (pred.shape[2] * pred.shape[3])
-    return reduced(errors, reduction)
+    return reduce_rows(errors, reduction)
 
 
 def total_variation(pred: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -150,7 +151,7 @@ def total_variation(pred: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     for dim in (2, 3):
         if wide.shape[dim] > 1:
             values = values + wide.diff(dim=dim).abs().mean((1, 2, 3))
-    return reduced(values, reduction)
+    return reduce_rows(values, reduction)
 
 
 def topology_surrogate_loss(

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regularizers._shared.checks import check_at_least, check_one_of, check_tensor
-from regularizers._shared.reductions import REDUCTIONS, Reduction, reduced
+from regularizers._shared.reductions import reduce_rows
+from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 Array = npt.NDArray[np.float64]
 
@@ -114,7 +115,7 @@ def boundary_f1(
         return ((boundary * near).sum((1, 2, 3)) + 1e-7) / (boundary.sum((1, 2, 3)) + 1e-7)
 
     precision, recall = share(found, truth), share(truth, found)
-    return reduced(2 * precision * recall / (precision + recall), reduction)
+    return reduce_rows(2 * precision * recall / (precision + recall), reduction)
 
 
 def persistence_diagram_distance(

@@ -16,9 +16,10 @@ from regularizers._shared.checks import (
     check_same_dtype,
 )
 from regularizers._shared.distributed import gather_batch
-from regularizers._shared.reductions import REDUCTIONS, Reduction, reduced
+from regularizers._shared.reductions import reduce_rows
 from regularizers._shared.scheduled import scheduled
 from regularizers.ops._operator import accumulate_dtype
+from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.ops.pairwise import pairwise_logsumexp
 
 Per = Literal["batch", "sample"]
@@ -140,7 +141,7 @@ def uncertainty_matching_loss(
     check_one_of("reduction", reduction, REDUCTIONS)
     _check_pair(query, "augmented", augmented)
     query, augmented = gather_batch(query, process_group), gather_batch(augmented, process_group)
-    return reduced(_uncertain(query, augmented, per), reduction)
+    return reduce_rows(_uncertain(query, augmented, per), reduction)
 
 
 class MultiGrainedUncertaintyLoss(nn.Module):
