@@ -160,6 +160,14 @@ def test_contrast_is_its_formula_pair_by_pair():
     torch.testing.assert_close(nt_xent(z, labels, temperature=0.3), torch.stack(terms).mean())
 
 
+def test_contrast_of_two_views_is_the_usual_nt_xent():
+    z = _randn(10, 4)
+    scores = F.cosine_similarity(z[:, None], z, dim=2) / 0.5
+    scores = scores.fill_diagonal_(-torch.inf)
+    expected = F.cross_entropy(scores, torch.arange(10).roll(5))
+    torch.testing.assert_close(nt_xent(z, torch.arange(5).repeat(2)), expected)
+
+
 @pytest.mark.parametrize("labels", [[0, 1, 2], [0, 0, 0]], ids=["no positive", "no negative"])
 def test_contrast_without_positives_or_negatives_is_0_with_a_graph(labels):
     z = _randn(3, 2).requires_grad_()

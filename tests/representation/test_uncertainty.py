@@ -76,6 +76,14 @@ def test_gradient_passes_through_the_standardised_row_alone():
     torch.testing.assert_close(found.sum(1), torch.zeros(3, dtype=F64), rtol=0, atol=1e-12)
 
 
+def test_augmenter_compiles_to_one_graph(fresh_dynamo):
+    f = _randn(3, 6).requires_grad_()
+    compiled = torch.compile(NormalAugmenter(), fullgraph=True, backend="aot_eager")
+    augmented = compiled(f)
+    assert torch.autograd.grad(augmented.sum(), f)[0].abs().max() > 0
+    assert not torch.equal(augmented, compiled(f))
+
+
 def test_augmenter_in_eval_returns_its_input():
     f = torch.randn(3, 4)
     assert NormalAugmenter().eval()(f) is f

@@ -169,7 +169,8 @@ def nt_xent(
         s_{ij} = \cos(z_i, z_j)
 
     over all ordered pairs of two samples with one label. The other positives of i are not in the
-    denominator. With one label a sample, shared by its modalities, this is the unsupervised form.
+    denominator. With one label a sample, shared by its modalities, this is the unsupervised form;
+    with two modalities it is SimCLR's loss, as libraries have it under this name.
     Every pair has a loss of its own, so ``[N, N]`` losses are held at once.
 
     Args:
