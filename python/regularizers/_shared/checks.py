@@ -126,3 +126,14 @@ def check_values(condition: Tensor, message: Callable[[], str]) -> None:
             raise ValueError(message())
     else:
         torch._assert_async(condition, "a value is not finite or out of range")
+
+
+def check_labels(name: str, labels: Tensor, size: int) -> None:
+    """Raise unless ``labels`` is a vector of ``size`` integers."""
+    check_tensor(name, labels)
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"{name} must be integers, got {labels.dtype}")
+    if labels.dtype == torch.bool or labels.dim() != 1 or labels.shape[0] != size:
+        raise ValueError(
+            f"{name} must be integers of shape [{size}], got {labels.dtype} of {list(labels.shape)}"
+        )

@@ -31,6 +31,13 @@ from regularizers.information.manifold_entropy import (
     knn_entropy,
     nn_entropy_loss,
 )
+from regularizers.information.mcr import (
+    MCR,
+    MCROutput,
+    jensen_shannon,
+    latent_permutations,
+    nt_xent,
+)
 from regularizers.information.mid import (
     NoisyRegressor,
     VIBHead,
@@ -41,6 +48,13 @@ from regularizers.information.mid import (
 from regularizers.information.mid_tree import (
     MIDTreeClassifier,
 )
+from regularizers.information.xfactors import (
+    XFactorsLoss,
+    XFactorsOutput,
+    factorvae_score,
+    supervised_info_nce,
+    swap_factor,
+)
 
 __all__ = [
     "CriticTerms",
@@ -50,26 +64,36 @@ __all__ = [
     "InformationPlane",
     "InformationRow",
     "LayerInformation",
+    "MCR",
+    "MCROutput",
     "MIDTreeClassifier",
     "ManifoldEntropy",
     "NoisyRegressor",
     "RingBuffer",
     "VIBHead",
     "VIBOutput",
+    "XFactorsLoss",
+    "XFactorsOutput",
     "binned_information",
     "disomap_loss",
     "dlle_loss",
     "ebab_edges",
     "ebab_information",
+    "factorvae_score",
     "fccov",
     "fccov_kernel",
     "fccov_loss",
     "gaussian_output_information",
     "gradient_inversion_attack",
+    "jensen_shannon",
     "kde_information",
     "knn_entropy",
+    "latent_permutations",
     "linear_inversion_attack",
     "metric_distances",
     "mid_loss",
     "nn_entropy_loss",
+    "nt_xent",
+    "supervised_info_nce",
+    "swap_factor",
 ]

@@ -35,6 +35,15 @@ from regularizers.representation.feature_tokens import (
     FeatureTokenizer,
     RegularizationTokens,
 )
+from regularizers.representation.hypertopo import (
+    ManifoldOutput,
+    ProductManifoldHead,
+    hyperbolic_info_nce,
+    linear_warmup,
+    poincare_distance,
+    poincare_expmap0,
+    select_checkpoint,
+)
 from regularizers.representation.inp import (
     INPDecoderBlock,
     INPExtractor,
@@ -80,9 +89,24 @@ from regularizers.representation.tabular_jepa import (
     ema_update_,
     jepa_loss,
 )
+from regularizers.representation.topology import (
+    euler_characteristic_loss,
+    soft_euler_characteristic,
+    topology_surrogate_loss,
+    total_variation,
+)
+from regularizers.representation.topology_metrics import (
+    betti_numbers,
+    boundary_f1,
+    persistence_diagram_distance,
+)
+from regularizers.representation.uncertainty import (
+    MultiGrainedUncertaintyLoss,
+    NormalAugmenter,
+    uncertainty_matching_loss,
+)
 
 __all__ = [
-    "REPA",
     "BalancedAttention2d",
     "ConRLoss",
     "CoordinateAttention2d",
@@ -97,7 +121,12 @@ __all__ = [
     "INPFormer",
     "INPOutput",
     "ItemAugmenter",
+    "ManifoldOutput",
+    "MultiGrainedUncertaintyLoss",
+    "NormalAugmenter",
+    "ProductManifoldHead",
     "PrototypeAssignment",
+    "REPA",
     "REPAProjector",
     "RegularizationTokens",
     "SimilarityF1",
@@ -111,25 +140,38 @@ __all__ = [
     "attention_neg_entropy_from_probs",
     "batch_contrastive_loss",
     "batch_softmax_loss",
+    "betti_numbers",
+    "boundary_f1",
     "coherence_loss",
     "collapse_metrics",
     "conr_loss",
     "convert_to_enforced_moe",
     "correlated_feature_mask",
     "ema_update_",
+    "euler_characteristic_loss",
     "expert_assignment",
     "feature_mutual_information",
+    "hyperbolic_info_nce",
     "intra_image_contrastive_loss",
     "jepa_loss",
+    "linear_warmup",
     "mnr_loss",
     "mnr_plus_loss",
+    "persistence_diagram_distance",
+    "poincare_distance",
+    "poincare_expmap0",
     "prototype_contrastive_loss",
     "random_feature_mask",
     "repa_loss",
     "sample_interpolant",
     "seed_domain_tokens",
+    "select_checkpoint",
     "similarity_f1",
     "similarity_ratio",
+    "soft_euler_characteristic",
     "soft_mining_cosine_loss",
     "spread_out_loss",
+    "topology_surrogate_loss",
+    "total_variation",
+    "uncertainty_matching_loss",
 ]
