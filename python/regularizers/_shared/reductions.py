@@ -9,8 +9,6 @@ from torch import Tensor
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("none", "mean", "sum")  # the place is the number that kernels take
 
-from regularizers.ops.masked_linear_cross_entropy import Reduction
-
 
 def reduce_rows(rows: Tensor, reduction: Reduction) -> Tensor:
     """Return the mean or the sum of the rows, or the rows themselves for ``"none"``."""

@@ -57,6 +57,7 @@ from regularizers.information.xfactors import (
 )
 
 __all__ = [
+    "MCR",
     "CriticTerms",
     "FCCovKernel",
     "FCCovLoss",
@@ -64,7 +65,6 @@ __all__ = [
     "InformationPlane",
     "InformationRow",
     "LayerInformation",
-    "MCR",
     "MCROutput",
     "MIDTreeClassifier",
     "ManifoldEntropy",

@@ -21,9 +21,8 @@ from regularizers._shared.checks import (
     check_tensor,
 )
 from regularizers._shared.distributed import gather_batch, gather_rows
-from regularizers._shared.reductions import reduce_rows
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops._operator import accumulate_dtype, full_precision
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.ops.pairwise import OtherLabel, pairwise_logsumexp
 
 Kind = Literal["random", "different_index", "different_label", "same_label", "all_different_label"]

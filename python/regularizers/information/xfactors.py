@@ -23,8 +23,8 @@ from regularizers._shared.checks import (
 from regularizers._shared.distributed import add_up, gather_batch, gather_rows
 from regularizers._shared.entries import reduce_entries
 from regularizers._shared.gaussian import kl_standard_normal
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers.ops._operator import accumulate_dtype, full_precision
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.ops.pairwise import SameLabel, pairwise_logsumexp
 
 Similarity = Literal["cosine", "dot"]

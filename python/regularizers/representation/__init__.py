@@ -107,6 +107,7 @@ from regularizers.representation.uncertainty import (
 )
 
 __all__ = [
+    "REPA",
     "BalancedAttention2d",
     "ConRLoss",
     "CoordinateAttention2d",
@@ -126,7 +127,6 @@ __all__ = [
     "NormalAugmenter",
     "ProductManifoldHead",
     "PrototypeAssignment",
-    "REPA",
     "REPAProjector",
     "RegularizationTokens",
     "SimilarityF1",

@@ -24,8 +24,8 @@ from regularizers._shared.checks import (
 )
 from regularizers._shared.distributed import gather_batch, gather_rows
 from regularizers._shared.entries import reduce_entries
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers.ops._operator import accumulate_dtype
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 # Differences [rows, N, D] that one step of the contrast may hold.
 _BLOCK = 1 << 20

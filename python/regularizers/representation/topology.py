@@ -15,9 +15,8 @@ from regularizers._shared.checks import (
     check_tensor,
     check_values,
 )
-from regularizers._shared.reductions import reduce_rows
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops._operator import accumulate_dtype
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 
 def soft_euler_characteristic(occ: Tensor) -> Tensor:

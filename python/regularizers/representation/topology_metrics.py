@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regularizers._shared.checks import check_at_least, check_one_of, check_tensor
-from regularizers._shared.reductions import reduce_rows
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 
 Array = npt.NDArray[np.float64]
 

@@ -16,10 +16,9 @@ from regularizers._shared.checks import (
     check_same_dtype,
 )
 from regularizers._shared.distributed import gather_batch
-from regularizers._shared.reductions import reduce_rows
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers._shared.scheduled import scheduled
 from regularizers.ops._operator import accumulate_dtype
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.ops.pairwise import pairwise_logsumexp
 
 Per = Literal["batch", "sample"]
