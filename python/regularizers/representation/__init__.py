@@ -12,6 +12,13 @@ from regularizers.representation.feature_tokens import (
     FeatureTokenizer,
     RegularizationTokens,
 )
+from regularizers.representation.sae import (
+    SAELoss,
+    SAEOutput,
+    TopKSAE,
+    VariationalTopKSAE,
+    dead_fraction,
+)
 from regularizers.representation.tabular_jepa import (
     FeaturePredictor,
     TabularJEPA,
@@ -26,10 +33,15 @@ __all__ = [
     "FeaturePredictor",
     "FeatureTokenizer",
     "RegularizationTokens",
+    "SAELoss",
+    "SAEOutput",
     "SqueezeExcitation2d",
     "TabularJEPA",
     "TabularJEPAOutput",
+    "TopKSAE",
+    "VariationalTopKSAE",
     "collapse_metrics",
+    "dead_fraction",
     "ema_update_",
     "jepa_loss",
 ]
