@@ -19,6 +19,13 @@ from regularizers.representation.sae import (
     VariationalTopKSAE,
     dead_fraction,
 )
+from regularizers.representation.sae_selfreg import (
+    UnintendedFeatureRegularizer,
+    feature_similarity_penalty,
+    finetune_sae,
+    project_out,
+    unintended_directions,
+)
 from regularizers.representation.tabular_jepa import (
     FeaturePredictor,
     TabularJEPA,
@@ -39,9 +46,14 @@ __all__ = [
     "TabularJEPA",
     "TabularJEPAOutput",
     "TopKSAE",
+    "UnintendedFeatureRegularizer",
     "VariationalTopKSAE",
     "collapse_metrics",
     "dead_fraction",
     "ema_update_",
+    "feature_similarity_penalty",
+    "finetune_sae",
     "jepa_loss",
+    "project_out",
+    "unintended_directions",
 ]
