@@ -324,8 +324,8 @@ class VariationalTopKSAE(TopKSAE):
     token. Samples keep their sign. In ``eval()`` z is :math:`\mu` and nothing is random. The factor
     s rises linearly from 0 to 1 over the first ``kl_warmup_steps`` losses of training.
 
-    The paper's finding is negative: the divergence drives latents to silence, more so with noise,
-    and the plain autoencoder rebuilds better. Look at :func:`dead_fraction`.
+    The paper's finding is negative: the divergence drives latents to silence, and the plain
+    autoencoder rebuilds better, by far where there is noise. Look at :func:`dead_fraction`.
 
     Args:
         dim: D, features of an activation.
