@@ -336,8 +336,8 @@ class VariationalTopKSAE(TopKSAE):
             KL, which is what the authors' main run computes.
         sigma: :math:`\sigma` for ``"fixed"``, above 0; may be assigned a number at any time.
         kl_weight: :math:`\beta`, at least 0; may be assigned a number at any time. The error is a
-            sum over D, so the right weight depends on D and on the scale of x; the paper takes 0.5,
-            or 500, for D = 512.
+            sum over D, so the right weight depends on D and on the scale of x; the paper's main run
+            takes 0.5 for D = 512, another one 500.
         kl_warmup_steps: at least 0; the paper takes a tenth of the training.
         kl_mask: KL is a sum over ``"all"`` latents or the selected ones, ``"topk"``.
         log_var_init: where a learned :math:`\log \sigma^2` starts.
@@ -379,7 +379,7 @@ class VariationalTopKSAE(TopKSAE):
         *,
         variance: Variance = "fixed",
         sigma: float = 1.0,
-        kl_weight: float = 1.0,
+        kl_weight: float = 0.5,
         kl_warmup_steps: int = 0,
         kl_mask: KLMask = "all",
         log_var_init: float = -2.0,
