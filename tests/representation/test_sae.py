@@ -146,6 +146,16 @@ def test_loss_of_no_tokens_is_zero_with_a_graph():
     loss.total.backward()
 
 
+@pytest.mark.parametrize("mask", ["all", "topk"])
+@pytest.mark.parametrize("variance", ["fixed", "learned", "none"])
+def test_built_on_another_device_it_runs_there(variance, mask):
+    # Scheduled numbers are kept on the host; the meta device stands for any other.
+    sae = VariationalTopKSAE(6, 90, 3, variance=variance, kl_mask=mask, device="meta")
+    loss = sae.loss(torch.empty(5, 6, device="meta"))
+    assert loss.total.device.type == "meta"
+    loss.total.backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_loss_of_half_types_is_float32(dtype):
     assert TopKSAE(6, 20, 3, dtype=dtype).loss(torch.randn(4, 6, dtype=dtype)).total.dtype == (

@@ -460,7 +460,7 @@ class VariationalTopKSAE(TopKSAE):
             return self._encode(self.log_variance, x).clamp(*self.log_var_range)
         if self.variance == "none":
             return mean.new_zeros(())
-        return (2 * self.sigma.log()).to(mean.dtype)
+        return (2 * self.sigma.log()).to(mean)
 
     def extra_repr(self) -> str:
         """Describe the configuration."""
