@@ -49,6 +49,7 @@ def _process(rank, folder):
     x = _batch()
     found = _results(x[:3] if rank == 0 else x[3:], dist.group.WORLD)
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    dist.barrier()  # a process that leaves early aborts the other's threads
     dist.destroy_process_group()
 
 
