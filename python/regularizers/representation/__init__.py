@@ -1,5 +1,12 @@
 """Methods on what a network's features look like: self-supervision, attention, collapse."""
 
+from regularizers.representation.activation_maximization import (
+    Octave,
+    UnitActivation,
+    center_crop_offset,
+    maximize_activation,
+    paper_octaves,
+)
 from regularizers.representation.attention import (
     BalancedAttention2d,
     CoordinateAttention2d,
@@ -30,6 +37,10 @@ from regularizers.representation.enforced_moe import (
     convert_to_enforced_moe,
     expert_assignment,
     seed_domain_tokens,
+)
+from regularizers.representation.facets import (
+    Facets,
+    find_facets,
 )
 from regularizers.representation.feature_tokens import (
     FeatureTokenizer,
@@ -77,6 +88,20 @@ from regularizers.representation.repa import (
     repa_loss,
     sample_interpolant,
 )
+from regularizers.representation.sae import (
+    SAELoss,
+    SAEOutput,
+    TopKSAE,
+    VariationalTopKSAE,
+    dead_fraction,
+)
+from regularizers.representation.sae_selfreg import (
+    UnintendedFeatureRegularizer,
+    feature_similarity_penalty,
+    finetune_sae,
+    project_out,
+    unintended_directions,
+)
 from regularizers.representation.similarity import (
     SimilarityF1,
     similarity_f1,
@@ -100,6 +125,9 @@ from regularizers.representation.topology_metrics import (
     boundary_f1,
     persistence_diagram_distance,
 )
+from regularizers.representation.tv import (
+    tv_denoise,
+)
 from regularizers.representation.uncertainty import (
     MultiGrainedUncertaintyLoss,
     NormalAugmenter,
@@ -107,13 +135,13 @@ from regularizers.representation.uncertainty import (
 )
 
 __all__ = [
-    "REPA",
     "BalancedAttention2d",
     "ConRLoss",
     "CoordinateAttention2d",
     "DualStreamLoss",
     "DualStreamTerms",
     "EnforcedMoE",
+    "Facets",
     "FeaturePredictor",
     "FeatureTokenizer",
     "GatedAttentionMIL",
@@ -125,15 +153,23 @@ __all__ = [
     "ManifoldOutput",
     "MultiGrainedUncertaintyLoss",
     "NormalAugmenter",
+    "Octave",
     "ProductManifoldHead",
     "PrototypeAssignment",
+    "REPA",
     "REPAProjector",
     "RegularizationTokens",
+    "SAELoss",
+    "SAEOutput",
     "SimilarityF1",
     "SqueezeExcitation2d",
     "StreamSplitter",
     "TabularJEPA",
     "TabularJEPAOutput",
+    "TopKSAE",
+    "UnintendedFeatureRegularizer",
+    "UnitActivation",
+    "VariationalTopKSAE",
     "aem_loss",
     "anomaly_map",
     "attention_neg_entropy",
@@ -142,24 +178,32 @@ __all__ = [
     "batch_softmax_loss",
     "betti_numbers",
     "boundary_f1",
+    "center_crop_offset",
     "coherence_loss",
     "collapse_metrics",
     "conr_loss",
     "convert_to_enforced_moe",
     "correlated_feature_mask",
+    "dead_fraction",
     "ema_update_",
     "euler_characteristic_loss",
     "expert_assignment",
     "feature_mutual_information",
+    "feature_similarity_penalty",
+    "find_facets",
+    "finetune_sae",
     "hyperbolic_info_nce",
     "intra_image_contrastive_loss",
     "jepa_loss",
     "linear_warmup",
+    "maximize_activation",
     "mnr_loss",
     "mnr_plus_loss",
+    "paper_octaves",
     "persistence_diagram_distance",
     "poincare_distance",
     "poincare_expmap0",
+    "project_out",
     "prototype_contrastive_loss",
     "random_feature_mask",
     "repa_loss",
@@ -173,5 +217,7 @@ __all__ = [
     "spread_out_loss",
     "topology_surrogate_loss",
     "total_variation",
+    "tv_denoise",
     "uncertainty_matching_loss",
+    "unintended_directions",
 ]
