@@ -100,15 +100,13 @@ def energy_confusion(
     else:
         mass = size if weighting == "pair" else (size > 0).to(x.dtype)
     own = mass[classes]
-    weight = own / size[classes]
+    share = 1 / size[classes]
+    weight = own * share
     total = mass.sum()
-    mean = (weight[:, None] * x).sum(0) / total
-    squares = (x - mean).square().sum(1)
+    squares = (x - (weight[:, None] * x).sum(0) / total).square().sum(1)
     spread = (weight * squares).sum()
-    per_sample = (1 / size[classes])[:, None] * x
-    class_mean = torch.zeros_like(x).index_add(0, classes, per_sample)[classes]
-    within = (x - class_mean).square().sum(1)
-    variance = torch.zeros_like(size).index_add(0, classes, within / size[classes])[classes]
+    within = (x - _class_sums(share[:, None] * x, classes)).square().sum(1)
+    variance = _class_sums(share * within, classes)
     apart = total * squares + spread - own * (within + variance)  # sum over the others, by samples
     others = total - own
     nothing = 0 * x.sum()
@@ -297,6 +295,12 @@ def _class_numbers(labels: Tensor) -> Tensor:
     ordered, order = labels.sort()
     new = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()])
     return torch.empty_like(order).scatter(0, order, new.cumsum(0))
+
+
+def _class_sums(values: Tensor, classes: Tensor) -> Tensor:
+    """Return for each row the sum over the rows of its class."""
+    # index_select, whose derivative is an index_add: that of indexing is several times slower.
+    return torch.zeros_like(values).index_add(0, classes, values).index_select(0, classes)
 
 
 def _two_classes(
