@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from regularizers._shared.moments import covariance, off_diagonal
 from regularizers.representation import DispersiveRegularizer, dispersive_loss
-from tests.harness import DTYPES, MethodContract
+from tests.harness import DTYPES, GraphRecorder, MethodContract
 
 VARIANTS = ("infonce_l2", "infonce_cosine", "hinge", "covariance")
 REDUCTIONS = ("mean", "sum", "none")
@@ -261,6 +261,16 @@ def test_penalty_is_the_weighted_mean_over_layers():
     )
     torch.testing.assert_close(y, model(x))
     torch.testing.assert_close(penalty, 0.4 * (first + 3 * second) / 4)
+
+
+def test_a_schedule_of_the_weight_compiles_one_graph(fresh_dynamo):
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+    regularized, graphs, x = DispersiveRegularizer(model, ["1"]), GraphRecorder(), torch.randn(6, 3)
+    compiled = torch.compile(regularized, fullgraph=True, backend=graphs)
+    for step in range(12):
+        regularized.weight = 0.1 * step
+        torch.testing.assert_close(compiled(x)[1], regularized(x)[1])
+    assert len(graphs) == 1
 
 
 def test_the_tapped_model_keeps_nothing_and_can_be_copied():

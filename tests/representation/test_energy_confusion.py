@@ -211,6 +211,15 @@ def test_a_weight_of_zero_is_the_metric_loss_itself():
     assert torch.equal(ECAML(_contrast, weight=0.0)(x, y), _contrast(x, y))
 
 
+def test_the_weight_may_change():
+    x, loss = _embeddings(), ECAML(_contrast, weight=0.0)
+    loss.weight = 0.5
+    expected = _contrast(x, LABELS) + 0.5 * energy_confusion(x, LABELS)
+    torch.testing.assert_close(loss(x, LABELS), expected)
+    with pytest.raises(ValueError, match="weight must"):
+        loss.weight = -1.0
+
+
 def test_joint_adds_the_confusion_of_the_embeddings():
     x = _embeddings()
     expected = _contrast(x, LABELS) + 0.3 * energy_confusion(x, LABELS, weighting="pair")

@@ -115,8 +115,17 @@ def test_white_input_and_the_identity_give_centred_content():
 def test_alpha_zero_returns_the_content():
     layer, content = _layer(alpha=0.0), _maps()
     out = layer(content, torch.randn(3, 8, dtype=torch.float64)).out
-    # Centred and put back: the last bit of x - mean + mean.
-    torch.testing.assert_close(out, content, rtol=0, atol=1e-14)
+    assert torch.equal(out, content)
+
+
+def test_a_large_mean_costs_the_rounding_of_the_content_and_no_more():
+    layer, content = _layer(alpha=0.75), 1000 + _maps()
+    content = content.float().double()  # what float32 can hold
+    style = torch.randn(3, 8, dtype=torch.float64)
+    expected = layer(content, style).out
+    found = layer.float()(content.float(), style.float()).out
+    # One unit in the last place of 1000 is 6e-5; products of 4 channels with entries below 1.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-4)
 
 
 def test_alpha_is_put_back_into_its_range_and_learns_from_there():

@@ -15,7 +15,7 @@ from regularizers.representation import (
     multiview_centroid_loss,
     singular_value_loss,
 )
-from tests.harness import DTYPES, MethodContract
+from tests.harness import DTYPES, GraphRecorder, MethodContract
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64, sums in another order
 
@@ -208,6 +208,18 @@ def test_total_is_the_weighted_sum_of_its_terms():
     assert loss.singular == singular_value_loss(online.transpose(0, 1))
     expected = loss.centroid + 0.3 * loss.brownian + 0.6 * loss.singular
     torch.testing.assert_close(loss.total, expected, **EXACT)
+
+
+def test_a_schedule_of_the_weights_compiles_one_graph(fresh_dynamo):
+    module, graphs = MSBReg(), GraphRecorder()
+    online, target = _views(), _views(seed=1)
+    directions = _views(views=1, seed=2)
+    compiled = torch.compile(module, fullgraph=True, backend=graphs)
+    for step in range(12):
+        module.lambda_singular = 0.1 * step
+        found = compiled(online, target, directions=directions)
+        torch.testing.assert_close(found.total, module(online, target, directions=directions).total)
+    assert len(graphs) == 1
 
 
 def test_reductions_agree():

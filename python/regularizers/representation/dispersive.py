@@ -20,6 +20,7 @@ from regularizers._shared.checks import (
 from regularizers._shared.directions import unit
 from regularizers._shared.distributed import gather_batch
 from regularizers._shared.moments import center, covariance, off_diagonal
+from regularizers._shared.scheduled import ScheduledModule
 from regularizers._shared.taps import StandingTap
 from regularizers.ops import pairwise_logsumexp
 from regularizers.ops._operator import accumulate_dtype, full_precision
@@ -153,7 +154,7 @@ def _covariance_terms(h: Tensor, summed: bool, diag_target: float | None) -> Ten
     return terms if diag_target is None else terms + (diag_target - variance).relu()
 
 
-class DispersiveRegularizer(nn.Module):
+class DispersiveRegularizer(ScheduledModule):
     r"""Run a model and penalise the features of some of its layers for being near each other.
 
     .. math:: \text{penalty} = \lambda \, \frac{\sum_k w_k \, L_{\mathrm{disp}}(h_k)}{\sum_k w_k}
@@ -165,7 +166,8 @@ class DispersiveRegularizer(nn.Module):
         model: any module.
         taps: qualified names of the submodules whose outputs are :math:`h_k`, as
             ``model.named_modules()`` gives them; hidden layers, not the output.
-        weight: :math:`\lambda`, at least 0; 0.1, 0.5 and 0.9 are in the paper.
+        weight: :math:`\lambda`, at least 0; 0.1, 0.5 and 0.9 are in the paper. May be assigned
+            later, as a schedule does.
         variant: as all that follows, of :func:`dispersive_loss`.
         temperature: likewise.
         margin: likewise.
@@ -193,6 +195,8 @@ class DispersiveRegularizer(nn.Module):
         layers are ours.
     """
 
+    weight: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -211,7 +215,7 @@ class DispersiveRegularizer(nn.Module):
         check_module("model", model)
         if isinstance(taps, str) or len(taps) == 0:
             raise ValueError(f"taps must be a sequence of at least one name, got {taps!r}")
-        check_not_negative("weight", weight)
+        self.schedule("weight", weight, check_not_negative)
         weights = [1.0] * len(taps) if layer_weights is None else list(layer_weights)
         for value in weights:
             check_not_negative("layer_weights", value)
@@ -230,7 +234,6 @@ class DispersiveRegularizer(nn.Module):
         self.model = model
         self.tap = StandingTap(model, taps)
         self.taps = tuple(taps)
-        self.weight = weight
         self.layer_weights = weights
         self.process_group = process_group
 
@@ -241,8 +244,11 @@ class DispersiveRegularizer(nn.Module):
             share * dispersive_loss(h, **self.options, process_group=self.process_group)
             for h, share in zip(features, self.layer_weights, strict=True)
         ]
-        return result, self.weight / sum(self.layer_weights) * torch.stack(losses).sum()
+        mean = torch.stack(losses).sum() / sum(self.layer_weights)
+        return result, self.weight.to(mean.dtype) * mean
 
     def extra_repr(self) -> str:
         """Describe the configuration."""
-        return f"taps={list(self.taps)}, weight={self.weight}, variant={self.options['variant']!r}"
+        return (
+            f"taps={list(self.taps)}, weight={self.weight:.6g}, variant={self.options['variant']!r}"
+        )

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from regularizers._shared.checks import (
     check_floating,
@@ -20,6 +20,7 @@ from regularizers._shared.checks import (
 )
 from regularizers._shared.directions import unit
 from regularizers._shared.distributed import agree_on_seed, gather_batch, gather_rows
+from regularizers._shared.scheduled import ScheduledModule, known_zero
 from regularizers.ops import pairwise_logsumexp
 from regularizers.ops._operator import accumulate_dtype
 from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
@@ -118,7 +119,7 @@ def energy_confusion(
     return summed / 2 if reduction == "sum" else summed / torch.where(pair_mass > 0, pair_mass, 1)
 
 
-class ECAML(nn.Module):
+class ECAML(ScheduledModule):
     r"""A metric loss with energy confusion against it.
 
     .. math:: L = L_{\mathrm{metric}}(x, y) + \lambda\, EC(x, y)
@@ -126,7 +127,8 @@ class ECAML(nn.Module):
     Args:
         metric_loss: ``metric_loss(embeddings, labels)`` returns a scalar; a module's parameters
             become this module's.
-        weight: :math:`\lambda`, at least 0; from 0.01 to 1, tuned for each metric loss.
+        weight: :math:`\lambda`, at least 0; from 0.01 to 1, tuned for each metric loss. May be
+            assigned later, as a schedule does.
         adversarial: ``"joint"`` confuses the embeddings. ``"features"`` confuses the backbone's
             features, before the embedding layer, which then follows the metric loss alone.
         pairs: of :func:`energy_confusion`.
@@ -155,6 +157,8 @@ class ECAML(nn.Module):
         B. Chen, W. Deng, AAAI 2019, arXiv 1901.07169; reconstructed, see :func:`energy_confusion`.
     """
 
+    weight: Tensor
+
     def __init__(
         self,
         metric_loss: Callable[[Tensor, Tensor], Tensor],
@@ -169,12 +173,11 @@ class ECAML(nn.Module):
         super().__init__()
         if not callable(metric_loss):
             raise TypeError(f"metric_loss must be callable, got {type(metric_loss).__name__}")
-        check_not_negative("weight", weight)
+        self.schedule("weight", weight, check_not_negative)
         check_one_of("adversarial", adversarial, ("joint", "features"))
         check_one_of("pairs", pairs, ("all", "random"))
         check_one_of("weighting", weighting, ("pair", "class"))
         self.metric_loss = metric_loss
-        self.weight = weight
         self.adversarial = adversarial
         self.pairs: Pairs = pairs
         self.weighting: Weighting = weighting
@@ -196,7 +199,7 @@ class ECAML(nn.Module):
                 f"got adversarial={self.adversarial!r}"
             )
         loss = self.metric_loss(embeddings, labels)
-        if self.weight == 0:
+        if known_zero(self.weight):
             return loss
         confused = embeddings
         if features is not None:
@@ -204,7 +207,7 @@ class ECAML(nn.Module):
             if features.dim() < 2:
                 raise ValueError(f"features must have shape [N, ...], got {list(features.shape)}")
             confused = features.flatten(1)
-        return loss + self.weight * energy_confusion(
+        confusion = energy_confusion(
             confused,
             labels,
             pairs=self.pairs,
@@ -213,10 +216,11 @@ class ECAML(nn.Module):
             generator=generator,
             process_group=self.process_group,
         )
+        return loss + self.weight.to(confusion.dtype) * confusion
 
     def extra_repr(self) -> str:
         """Describe the configuration."""
-        return f"weight={self.weight}, adversarial={self.adversarial!r}"
+        return f"weight={self.weight:.6g}, adversarial={self.adversarial!r}"
 
 
 def energy_distance(x: Tensor, y: Tensor, *, power: float = 1.0) -> Tensor:

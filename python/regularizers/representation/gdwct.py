@@ -148,14 +148,16 @@ class GroupWhiteningColoring(nn.Module):
         members = x.shape[2]
         numbers = self.matrix_mlp(style.reshape(batch * self.groups, -1)).to(x.dtype)
         matrix, basis = coloring_matrix(numbers.view(batch, self.groups, members, members))
-        bias = self.mean_mlp(style).to(x.dtype).view(batch, self.groups, members, 1)
+        shift = self.mean_mlp(style).to(x.dtype).view(batch, self.groups, members, 1)
         alpha = self._blend().to(x.dtype)
-        # alpha (X x + bias) + (1 - alpha) (x + mean) as one product of x, centred, and one sum.
+        # alpha (X (x - mean) + shift) + (1 - alpha) x as one product and one sum: exactly x where
+        # alpha is 0, and no less accurate than x itself where its mean is large.
         identity = torch.eye(members, dtype=x.dtype, device=x.device)
-        bias = torch.lerp(mean.expand_as(bias), bias, alpha)
+        groups = content.reshape(x.shape).to(x.dtype)
         with full_precision(x.device):
             blend = torch.lerp(identity.expand_as(matrix), matrix, alpha)
-            out = torch.baddbmm(bias.flatten(0, 1), blend.flatten(0, 1), x.flatten(0, 1))
+            bias = alpha * (shift - matrix @ mean)
+            out = torch.baddbmm(bias.flatten(0, 1), blend.flatten(0, 1), groups.flatten(0, 1))
         return WCTOutput(
             out.view(content.shape).to(content.dtype),
             _group_covariance(x, count, self.eps, self.process_group),

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from regularizers._shared.checks import (
@@ -21,6 +21,7 @@ from regularizers._shared.checks import (
 from regularizers._shared.directions import unit
 from regularizers._shared.distributed import add_up, gather_batch
 from regularizers._shared.moments import gram
+from regularizers._shared.scheduled import ScheduledModule
 from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 Centroid = Literal["target", "both"]
@@ -237,7 +238,7 @@ class MSBLoss(NamedTuple):
     singular: Tensor
 
 
-class MSBReg(nn.Module):
+class MSBReg(ScheduledModule):
     r"""Self-supervision from three forces on embeddings: attraction, random kicks, homogeneity.
 
     .. math:: L = L_{\mathrm{centroid}} + \lambda_B L_{\mathrm{brownian}}
@@ -250,7 +251,8 @@ class MSBReg(nn.Module):
     :func:`~regularizers.representation.ema_update_` with :func:`byol_momentum` after each step.
 
     Args:
-        lambda_brownian: :math:`\lambda_B`, at least 0.
+        lambda_brownian: :math:`\lambda_B`, at least 0. Both weights may be assigned later, as a
+            schedule does.
         lambda_singular: :math:`\lambda_S`, at least 0; 1.0 is our choice, the paper's is not known.
         centroid: of :func:`multiview_centroid_loss`.
         form: likewise.
@@ -279,6 +281,9 @@ class MSBReg(nn.Module):
         of work. Predictor, projector and momentum are those of BYOL, arXiv 2006.07733.
     """
 
+    lambda_brownian: Tensor
+    lambda_singular: Tensor
+
     def __init__(
         self,
         *,
@@ -292,13 +297,11 @@ class MSBReg(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        check_not_negative("lambda_brownian", lambda_brownian)
-        check_not_negative("lambda_singular", lambda_singular)
+        self.schedule("lambda_brownian", lambda_brownian, check_not_negative)
+        self.schedule("lambda_singular", lambda_singular, check_not_negative)
         check_one_of("centroid", centroid, ("target", "both"))
         check_one_of("form", form, ("sq", "cosine"))
         check_one_of("singular_form", singular_form, ("eig_sq", "smooth_l1"))
-        self.lambda_brownian = lambda_brownian
-        self.lambda_singular = lambda_singular
         self.centroid: Centroid = centroid
         self.form: CentroidForm = form
         self.shared_views = shared_views
@@ -328,13 +331,17 @@ class MSBReg(nn.Module):
         if self.process_group is not None:  # means over equal local batches
             means = add_up(torch.stack([centroid, brownian]), self.process_group)
             centroid, brownian = means / dist.get_world_size(self.process_group)
-        total = centroid + self.lambda_brownian * brownian + self.lambda_singular * singular
+        kick, evening = (
+            weight.to(singular.dtype) for weight in (self.lambda_brownian, self.lambda_singular)
+        )
+        total = centroid + kick * brownian + evening * singular
         return MSBLoss(total, centroid, brownian, singular)
 
     def extra_repr(self) -> str:
         """Describe the configuration."""
         return (
-            f"lambda_brownian={self.lambda_brownian}, lambda_singular={self.lambda_singular}, "
+            f"lambda_brownian={self.lambda_brownian:.6g}, "
+            f"lambda_singular={self.lambda_singular:.6g}, "
             f"centroid={self.centroid!r}, form={self.form!r}"
         )
 
