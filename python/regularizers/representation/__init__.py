@@ -25,12 +25,21 @@ from regularizers.representation.conr import (
     ConRLoss,
     conr_loss,
 )
+from regularizers.representation.dispersive import (
+    DispersiveRegularizer,
+    dispersive_loss,
+)
 from regularizers.representation.dual_stream import (
     DualStreamLoss,
     DualStreamTerms,
     StreamSplitter,
     intra_image_contrastive_loss,
     prototype_contrastive_loss,
+)
+from regularizers.representation.energy_confusion import (
+    ECAML,
+    energy_confusion,
+    energy_distance,
 )
 from regularizers.representation.enforced_moe import (
     EnforcedMoE,
@@ -45,6 +54,15 @@ from regularizers.representation.facets import (
 from regularizers.representation.feature_tokens import (
     FeatureTokenizer,
     RegularizationTokens,
+)
+from regularizers.representation.gdwct import (
+    GroupWhiteningColoring,
+    WCTOutput,
+    coloring_loss,
+    coloring_matrix,
+    exact_whiten_color,
+    group_covariance,
+    whitening_loss,
 )
 from regularizers.representation.hypertopo import (
     ManifoldOutput,
@@ -81,6 +99,14 @@ from regularizers.representation.item_views import (
 from regularizers.representation.mnr import (
     mnr_loss,
     mnr_plus_loss,
+)
+from regularizers.representation.msbreg import (
+    MSBLoss,
+    MSBReg,
+    brownian_diffusive_loss,
+    byol_momentum,
+    multiview_centroid_loss,
+    singular_value_loss,
 )
 from regularizers.representation.repa import (
     REPA,
@@ -138,18 +164,23 @@ __all__ = [
     "BalancedAttention2d",
     "ConRLoss",
     "CoordinateAttention2d",
+    "DispersiveRegularizer",
     "DualStreamLoss",
     "DualStreamTerms",
+    "ECAML",
     "EnforcedMoE",
     "Facets",
     "FeaturePredictor",
     "FeatureTokenizer",
     "GatedAttentionMIL",
+    "GroupWhiteningColoring",
     "INPDecoderBlock",
     "INPExtractor",
     "INPFormer",
     "INPOutput",
     "ItemAugmenter",
+    "MSBLoss",
+    "MSBReg",
     "ManifoldOutput",
     "MultiGrainedUncertaintyLoss",
     "NormalAugmenter",
@@ -170,6 +201,7 @@ __all__ = [
     "UnintendedFeatureRegularizer",
     "UnitActivation",
     "VariationalTopKSAE",
+    "WCTOutput",
     "aem_loss",
     "anomaly_map",
     "attention_neg_entropy",
@@ -178,20 +210,29 @@ __all__ = [
     "batch_softmax_loss",
     "betti_numbers",
     "boundary_f1",
+    "brownian_diffusive_loss",
+    "byol_momentum",
     "center_crop_offset",
     "coherence_loss",
     "collapse_metrics",
+    "coloring_loss",
+    "coloring_matrix",
     "conr_loss",
     "convert_to_enforced_moe",
     "correlated_feature_mask",
     "dead_fraction",
+    "dispersive_loss",
     "ema_update_",
+    "energy_confusion",
+    "energy_distance",
     "euler_characteristic_loss",
+    "exact_whiten_color",
     "expert_assignment",
     "feature_mutual_information",
     "feature_similarity_penalty",
     "find_facets",
     "finetune_sae",
+    "group_covariance",
     "hyperbolic_info_nce",
     "intra_image_contrastive_loss",
     "jepa_loss",
@@ -199,6 +240,7 @@ __all__ = [
     "maximize_activation",
     "mnr_loss",
     "mnr_plus_loss",
+    "multiview_centroid_loss",
     "paper_octaves",
     "persistence_diagram_distance",
     "poincare_distance",
@@ -212,6 +254,7 @@ __all__ = [
     "select_checkpoint",
     "similarity_f1",
     "similarity_ratio",
+    "singular_value_loss",
     "soft_euler_characteristic",
     "soft_mining_cosine_loss",
     "spread_out_loss",
@@ -220,4 +263,5 @@ __all__ = [
     "tv_denoise",
     "uncertainty_matching_loss",
     "unintended_directions",
+    "whitening_loss",
 ]
