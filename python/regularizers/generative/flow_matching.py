@@ -15,8 +15,6 @@ from regularizers._shared.checks import (
 from regularizers._shared.flow_path import PATHS, Path, on_path
 from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers.ops._operator import loss_dtype
-from regularizers._shared.checks import check_floating, check_one_of
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 
 def flow_matching_loss(

@@ -20,8 +20,8 @@ from regularizers._shared.checks import (
     known_range,
 )
 from regularizers._shared.flow_path import on_path
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers.ops._operator import accumulate_dtype
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 _TIME_MEAN, _TIME_DEVIATION = -0.4, 1.0  # of the logits of times
 

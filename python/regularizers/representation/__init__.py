@@ -161,13 +161,14 @@ from regularizers.representation.uncertainty import (
 )
 
 __all__ = [
+    "ECAML",
+    "REPA",
     "BalancedAttention2d",
     "ConRLoss",
     "CoordinateAttention2d",
     "DispersiveRegularizer",
     "DualStreamLoss",
     "DualStreamTerms",
-    "ECAML",
     "EnforcedMoE",
     "Facets",
     "FeaturePredictor",
@@ -187,7 +188,6 @@ __all__ = [
     "Octave",
     "ProductManifoldHead",
     "PrototypeAssignment",
-    "REPA",
     "REPAProjector",
     "RegularizationTokens",
     "SAELoss",

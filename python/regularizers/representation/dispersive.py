@@ -20,11 +20,11 @@ from regularizers._shared.checks import (
 from regularizers._shared.directions import unit
 from regularizers._shared.distributed import gather_batch
 from regularizers._shared.moments import center, covariance, off_diagonal
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers._shared.scheduled import ScheduledModule
 from regularizers._shared.taps import StandingTap
 from regularizers.ops import pairwise_logsumexp
 from regularizers.ops._operator import accumulate_dtype, full_precision
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.transport import SqEuclidean
 
 Variant = Literal["infonce_l2", "infonce_cosine", "hinge", "covariance"]

@@ -20,10 +20,10 @@ from regularizers._shared.checks import (
 )
 from regularizers._shared.directions import unit
 from regularizers._shared.distributed import agree_on_seed, gather_batch, gather_rows
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers._shared.scheduled import ScheduledModule, known_zero
 from regularizers.ops import pairwise_logsumexp
 from regularizers.ops._operator import accumulate_dtype
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.transport import Lp
 
 Pairs = Literal["all", "random"]

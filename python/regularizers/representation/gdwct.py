@@ -21,8 +21,8 @@ from regularizers._shared.checks import (
 from regularizers._shared.directions import unit
 from regularizers._shared.distributed import add_up
 from regularizers._shared.moments import center
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers.ops._operator import accumulate_dtype, full_precision
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 ColoringForm = Literal["gram", "direct"]
 

@@ -21,8 +21,8 @@ from regularizers._shared.checks import (
 from regularizers._shared.directions import unit
 from regularizers._shared.distributed import add_up, gather_batch
 from regularizers._shared.moments import gram
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers._shared.scheduled import ScheduledModule
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 
 Centroid = Literal["target", "both"]
 CentroidForm = Literal["sq", "cosine"]
