@@ -20,6 +20,7 @@ from regularizers._shared.checks import (
     check_positive,
     check_tensor,
 )
+from regularizers._shared.directions import unit
 from regularizers._shared.distributed import gather_batch, gather_rows
 from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops._operator import accumulate_dtype, full_precision
@@ -202,7 +203,7 @@ def nt_xent(
     check_labels("labels", labels, z.shape[0])
     rows = gather_batch(z.to(accumulate_dtype(z.dtype)), process_group)
     labels = gather_rows(labels, process_group)
-    rows = F.normalize(rows, dim=1)
+    rows = unit(rows)
     away = pairwise_logsumexp(rows, scale=1 / temperature, pairs=OtherLabel(labels)).logsumexp
     with full_precision(rows.device):
         scores = rows @ rows.T / temperature

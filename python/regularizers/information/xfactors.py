@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from regularizers._shared.checks import (
     check_at_least,
@@ -20,6 +19,7 @@ from regularizers._shared.checks import (
     check_same_dtype,
     check_tensor,
 )
+from regularizers._shared.directions import unit
 from regularizers._shared.distributed import add_up, gather_batch, gather_rows
 from regularizers._shared.entries import reduce_entries
 from regularizers._shared.gaussian import kl_standard_normal
@@ -93,7 +93,7 @@ def supervised_info_nce(
     rows = gather_batch(z.to(accumulate_dtype(z.dtype)), process_group)
     labels = gather_rows(labels, process_group)
     if similarity == "cosine":
-        rows = F.normalize(rows, dim=1)
+        rows = unit(rows)
     scale = 1 / temperature
     if ignore_index is None:
         bias, counted = None, torch.ones_like(labels, dtype=torch.bool)

@@ -63,15 +63,6 @@ def ranking_rows(
     return torch.logaddexp(margin, torch.zeros_like(margin))
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """Divide each row by its norm; a row of zeros stays, with a gradient that is no division by 0.
-
-    ``F.normalize`` would multiply the gradient of such a row by 1e12.
-    """
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x / torch.where(norm > 0, norm, 1)
-
-
 def check_rows(name: str, x: Tensor) -> None:
     """Raise unless ``x`` holds two or more embeddings."""
     check_floating(name, x)

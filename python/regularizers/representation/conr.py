@@ -17,11 +17,12 @@ from regularizers._shared.checks import (
     check_shape,
     check_values,
 )
+from regularizers._shared.directions import unit
 from regularizers._shared.distributed import gather_batch, gather_rows
 from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops import FalselyNear, LabelWindow, pairwise_logsumexp
 from regularizers.ops._operator import accumulate_dtype
-from regularizers.representation._in_batch import check_rows, unit_rows
+from regularizers.representation._in_batch import check_rows
 
 Pushing = Literal["exp", "linear"]
 Denominator = Literal["positives", "code"]
@@ -115,7 +116,7 @@ def conr_loss(
     y, predicted = (
         gather_rows(v.to(accumulate_dtype(v.dtype)), process_group) for v in (targets, predictions)
     )
-    q = unit_rows(gather_batch(features.to(wide), process_group))
+    q = unit(gather_batch(features.to(wide), process_group))
     omega = q.new_ones(len(q)) if weights is None else gather_rows(weights.to(wide), process_group)
 
     scale = 1 / temperature

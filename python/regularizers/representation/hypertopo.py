@@ -22,6 +22,7 @@ from regularizers._shared.checks import (
     check_same_dtype,
     check_values,
 )
+from regularizers._shared.directions import unit
 from regularizers._shared.distributed import gather_batch, gather_rows
 from regularizers._shared.entries import reduce_entries
 from regularizers._shared.reductions import REDUCTIONS, Reduction
@@ -348,7 +349,7 @@ class ProductManifoldHead(nn.Module):
         c_h, c_s = self.curvatures()
         v_h, e, v_s = self.project_h(x), self.project_e(x), self.project_s(x)
         wide = v_s.to(accumulate_dtype(v_s.dtype))
-        s = F.normalize(wide, dim=-1) / c_s.to(wide).sqrt()
+        s = unit(wide) / c_s.to(wide).sqrt()
         h = poincare_expmap0(v_h, c=c_h)
         return ManifoldOutput(h, e, s, torch.cat([v_h, e, v_s], -1), c_h, c_s)
 

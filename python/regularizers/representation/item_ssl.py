@@ -14,10 +14,11 @@ from regularizers._shared.checks import (
     check_same_device,
     check_shape,
 )
+from regularizers._shared.directions import unit
 from regularizers._shared.distributed import gather_batch, gather_rows
 from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops._operator import accumulate_dtype, full_precision
-from regularizers.representation._in_batch import check_pairs, check_rows, ranking_rows, unit_rows
+from regularizers.representation._in_batch import check_pairs, check_rows, ranking_rows
 
 Form = Literal["softmax", "second_moment"]
 _FORMS = ("softmax", "second_moment")
@@ -73,7 +74,7 @@ def batch_contrastive_loss(
     check_pairs("z1", z1, "z2", z2)
     check_positive("temperature", temperature)
     check_one_of("reduction", reduction, REDUCTIONS)
-    first, second = (unit_rows(_whole(z, process_group)) for z in (z1, z2))
+    first, second = (unit(_whole(z, process_group)) for z in (z1, z2))
     rows = ranking_rows(first, second, scale=1 / temperature)
     if symmetric:
         rows = (rows + ranking_rows(second, first, scale=1 / temperature)) / 2
@@ -189,16 +190,16 @@ def spread_out_loss(
     check_rows("z", z)
     check_one_of("form", form, _FORMS)
     check_positive("temperature", temperature)
-    unit = unit_rows(_whole(z, process_group))
+    directions = unit(_whole(z, process_group))
     if form == "softmax":
-        return ranking_rows(unit, unit, scale=1 / temperature).mean()
-    pairs = len(unit) * (len(unit) - 1)
-    norms = unit.square().sum(1)
+        return ranking_rows(directions, directions, scale=1 / temperature).mean()
+    pairs = len(directions) * (len(directions) - 1)
+    norms = directions.square().sum(1)
     with full_precision(z.device):
-        gram = unit.T @ unit
-    first = (unit.sum(0).square().sum() - norms.sum()) / pairs
+        gram = directions.T @ directions
+    first = (directions.sum(0).square().sum() - norms.sum()) / pairs
     second = (gram.square().sum() - norms.square().sum()) / pairs
-    return first.square() + (second - 1 / unit.shape[1]).clamp(min=0)
+    return first.square() + (second - 1 / directions.shape[1]).clamp(min=0)
 
 
 def _whole(z: Tensor, group: dist.ProcessGroup | None) -> Tensor:

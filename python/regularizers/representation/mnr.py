@@ -15,11 +15,12 @@ from regularizers._shared.checks import (
     check_same_device,
     check_same_dtype,
 )
+from regularizers._shared.directions import unit
 from regularizers._shared.distributed import gather_batch
 from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops import pairwise_logsumexp
 from regularizers.ops._operator import accumulate_dtype, full_precision
-from regularizers.representation._in_batch import check_pairs, fold_scale, ranking_rows, unit_rows
+from regularizers.representation._in_batch import check_pairs, fold_scale, ranking_rows
 
 Targets = Literal["argmax", "soft", "code"]
 _TARGETS = ("argmax", "soft", "code")
@@ -176,7 +177,7 @@ def mnr_plus_loss(
 
 def _prepared(x: Tensor, normalize: bool, group: dist.ProcessGroup | None) -> Tensor:
     whole = gather_batch(x.to(accumulate_dtype(x.dtype)), group)
-    return unit_rows(whole) if normalize else whole
+    return unit(whole) if normalize else whole
 
 
 @torch.no_grad()
