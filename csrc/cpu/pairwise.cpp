@@ -2,11 +2,12 @@
 // to threads. The arithmetic is in pairwise_kernels.h.
 //
 // Backward, a block adds to the gradients of its rows and of its columns. Step t works on the
-// blocks (I, I + t) for all I at once: no two of them share rows or columns, and every sum is added
-// up in the order of t, whatever the number of threads. Where the columns are the rows, the steps
-// up to half of the blocks meet every pair once.
+// parts (I, I + t) for all I at once, each some blocks high and wide: no two of them share rows or
+// columns, and every sum is added up in the order of t, whatever the number of threads. Where the
+// columns are the rows, the steps up to half of the parts meet every pair once.
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <optional>
 #include <vector>
 
@@ -23,6 +24,7 @@ using Result = std::tuple<Tensor, Tensor, Tensor>;
 constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
 // Below this many products, some 10 us, waking a thread costs as much.
 constexpr int64_t kSerialProducts = 1 << 18;
+constexpr int64_t kMostBlocks = 4;
 // Whole panels of every instruction set, hence also the least block of columns.
 constexpr int64_t kPadding = 32;
 
@@ -35,6 +37,26 @@ struct Arguments {
   bool exclude_self;
 };
 
+// Memory whose vectors lie in one cache line each.
+template <typename T>
+struct CacheLines {
+  using value_type = T;
+  CacheLines() = default;
+  template <typename U>
+  CacheLines(const CacheLines<U>&) {}
+  T* allocate(size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), kAlignment));
+  }
+  void deallocate(T* data, size_t) { ::operator delete(data, kAlignment); }
+  bool operator==(const CacheLines&) const { return true; }
+  bool operator!=(const CacheLines&) const { return false; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+};
+template <typename T>
+using Buffer = std::vector<T, CacheLines<T>>;
+
 template <typename A>
 struct LaneIntegerOf {
   using type = int32_t;
@@ -46,8 +68,8 @@ struct LaneIntegerOf<double> {
 
 // Labels as small numbers: the place of each among all of them.
 template <typename I>
-void number_labels(const Tensor& rows, const Tensor& columns, int64_t padded, std::vector<I>& row,
-                   std::vector<I>& column) {
+void number_labels(const Tensor& rows, const Tensor& columns, int64_t padded, Buffer<I>& row,
+                   Buffer<I>& column) {
   const Tensor tensors[] = {contiguous(rows), contiguous(columns)};
   std::vector<int64_t> known;
   for (const Tensor& labels : tensors) {
@@ -56,7 +78,7 @@ void number_labels(const Tensor& rows, const Tensor& columns, int64_t padded, st
   }
   std::sort(known.begin(), known.end());
   known.erase(std::unique(known.begin(), known.end()), known.end());
-  std::vector<I>* const numbers[] = {&row, &column};
+  Buffer<I>* const numbers[] = {&row, &column};
   for (int side = 0; side < 2; ++side) {
     const int64_t* from = static_cast<const int64_t*>(tensors[side].const_data_ptr());
     numbers[side]->assign(padded, I{0});
@@ -75,7 +97,9 @@ class Problem {
       : type_(sizeof(A) == 4 ? kFloat : kDouble),
         kernel_(kernels().pairwise[type_]),
         scale_(*static_cast<const double*>(call.scale.const_data_ptr())) {
-    check(std::isfinite(scale_), "scale must be finite, got " + number(scale_));
+    if (!std::isfinite(scale_)) {
+      check(false, "scale must be finite, got " + std::to_string(scale_));
+    }
     const bool own = !call.y.has_value();
     const Tensor x = wide(call.x), y = own ? x : wide(*call.y);
     pairs_.kind = static_cast<PairKind>(call.kind);
@@ -102,7 +126,7 @@ class Problem {
   const A* x() const { return x_data_; }
   const A* y() const { return pairs_.own ? x_data_ : y_data_; }
 
-  std::vector<A> zeros(int64_t size) const { return std::vector<A>(size, A{0}); }
+  Buffer<A> zeros(int64_t size) const { return Buffer<A>(size, A{0}); }
 
   template <typename Body>
   void for_rows(int64_t rows, const Body& body) const {
@@ -114,18 +138,26 @@ class Problem {
   template <typename Body>
   void for_blocks(const Body& body) const {
     const int64_t row_blocks = divide_up(pairs_.rows, row_block_);
-    const int64_t column_blocks = divide_up(pairs_.columns, pairs_.stride);
-    const int64_t cycle = std::max(row_blocks, column_blocks);
-    const int64_t steps = pairs_.own ? row_blocks / 2 + 1 : cycle;
-    for (int64_t step = 0; step < steps && row_blocks > 0 && column_blocks > 0; ++step) {
-      // The last step of an even number of blocks meets them from both ends.
-      const int64_t tasks = pairs_.own && 2 * step == row_blocks ? step : row_blocks;
+    const int64_t column_blocks = divide_up(pairs_.columns, column_block_);
+    const int64_t row_part = part_of(row_blocks), column_part = part_of(column_blocks);
+    const int64_t row_parts = divide_up(row_blocks, row_part);
+    const int64_t column_parts = divide_up(column_blocks, column_part);
+    const int64_t cycle = std::max(row_parts, column_parts);
+    const int64_t steps = pairs_.own ? row_parts / 2 + 1 : cycle;
+    for (int64_t step = 0; step < steps && row_parts > 0 && column_parts > 0; ++step) {
+      // The last step of an even number of parts meets them from both ends.
+      const int64_t tasks = pairs_.own && 2 * step == row_parts ? step : row_parts;
+      const bool diagonal = pairs_.own && step == 0;
       run(tasks, [&](int64_t begin, int64_t end) {
-        std::vector<A> scratch(row_block_ * pairs_.stride);
-        for (int64_t row = begin; row < end; ++row) {
-          const int64_t column = (row + step) % cycle;
-          if (column < column_blocks) {
-            body(block(row, column), scratch.data(), !pairs_.own || step > 0);
+        Buffer<A> scratch(row_block_ * pairs_.stride);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t first = (task + step) % cycle * column_part;
+          const int64_t last = std::min(first + column_part, column_blocks);
+          const int64_t last_row = std::min((task + 1) * row_part, row_blocks);
+          for (int64_t row = task * row_part; row < last_row; ++row) {
+            for (int64_t column = diagonal ? row : first; column < last; ++column) {
+              body(block(row, column), scratch.data(), !(diagonal && row == column));
+            }
           }
         }
       });
@@ -135,9 +167,9 @@ class Problem {
   // body(block, scratch) for all blocks of a row in order, rows at once.
   template <typename Body>
   void for_rows_of_blocks(const Body& body) const {
-    const int64_t column_blocks = divide_up(pairs_.columns, pairs_.stride);
+    const int64_t column_blocks = divide_up(pairs_.columns, column_block_);
     run(divide_up(pairs_.rows, row_block_), [&](int64_t begin, int64_t end) {
-      std::vector<A> scratch(row_block_ * pairs_.stride);
+      Buffer<A> scratch(row_block_ * pairs_.stride);
       for (int64_t row = begin; row < end; ++row) {
         for (int64_t column = 0; column < column_blocks; ++column) {
           body(block(row, column), scratch.data());
@@ -146,16 +178,14 @@ class Problem {
     });
   }
 
-  std::vector<A> packed_features(const A* points, int64_t count) const {
+  Buffer<A> packed_features(const A* points, int64_t count) const {
     const int64_t panels = divide_up(pairs_.features, kernel_.panel_width);
-    std::vector<A> packed(panels * kernel_.panel_width * count);
+    Buffer<A> packed(panels * kernel_.panel_width * count);
     run(panels, [&](int64_t begin, int64_t end) {
       kernel_.pack_features(points, count, pairs_.features, begin, end, packed.data());
     });
     return packed;
   }
-
-  static std::string number(double value) { return std::to_string(value); }
 
  private:
   using I = typename LaneIntegerOf<A>::type;
@@ -168,8 +198,8 @@ class Problem {
   }
 
   PairBlock block(int64_t row, int64_t column) const {
-    return {row * row_block_, std::min((row + 1) * row_block_, pairs_.rows), column * pairs_.stride,
-            std::min((column + 1) * pairs_.stride, pairs_.columns)};
+    return {row * row_block_, std::min((row + 1) * row_block_, pairs_.rows), column * column_block_,
+            std::min((column + 1) * column_block_, pairs_.columns)};
   }
 
   template <typename Body>
@@ -177,24 +207,28 @@ class Problem {
     serial_ || tasks < 2 ? body(0, tasks) : torch::stable::parallel_for(0, tasks, 1, body);
   }
 
+  // How many blocks a task takes on each side: more of them reuse what is in cache.
+  static int64_t part_of(int64_t blocks) {
+    return std::clamp<int64_t>(divide_up(blocks, 16), 1, kMostBlocks);
+  }
+
   // By the sizes alone: some 16 blocks to share out if there are so many rows, else smaller ones.
   void choose_blocks() {
     const int64_t part = divide_up(pairs_.rows, 16);
-    if (pairs_.own) {
-      row_block_ = pairs_.stride =
-          std::clamp(divide_up(part, kPadding) * kPadding, kPadding, kPairBlock);
-    } else {
-      row_block_ = std::clamp<int64_t>(divide_up(part, 8) * 8, 8, kPairBlock);
-      pairs_.stride =
-          std::clamp(divide_up(pairs_.columns, kPadding) * kPadding, kPadding, kPairBlock);
-    }
+    const auto block = [](int64_t size, int64_t unit) {
+      return std::clamp(divide_up(size, unit) * unit, unit, kPairBlock);
+    };
+    row_block_ = block(part, pairs_.own ? kPadding : 8);
+    column_block_ = pairs_.own ? row_block_ : block(pairs_.columns, kPadding);
+    // A step down a block by a power of two would fall on the same few sets of the cache.
+    pairs_.stride = column_block_ + 16;
   }
 
   void place_points(const Tensor& x, const Tensor& y) {
     x_data_ = data(x);
     y_data_ = data(y);
     if (pairs_.kind != kInnerProduct) {
-      const std::vector<A> centre = mean(y_data_);
+      const Buffer<A> centre = mean(y_data_);
       relative_to(centre, x_data_, pairs_.rows, x_centred_, x_norm_);
       x_data_ = x_centred_.data();
       if (!pairs_.own) {
@@ -220,22 +254,22 @@ class Problem {
     pairs_.y_norm = pairs_.own ? x_norm_.data() : y_norm_.data();
   }
 
-  std::vector<A> mean(const A* points) const {
+  Buffer<A> mean(const A* points) const {
     std::vector<double> sum(pairs_.features, 0.0);
     for (int64_t j = 0; j < pairs_.columns; ++j) {
       for (int64_t d = 0; d < pairs_.features; ++d) {
         sum[d] += points[j * pairs_.features + d];
       }
     }
-    std::vector<A> mean(pairs_.features);
+    Buffer<A> mean(pairs_.features);
     for (int64_t d = 0; d < pairs_.features; ++d) {
       mean[d] = static_cast<A>(sum[d] / static_cast<double>(std::max<int64_t>(pairs_.columns, 1)));
     }
     return mean;
   }
 
-  void relative_to(const std::vector<A>& centre, const A* points, int64_t count,
-                   std::vector<A>& centred, std::vector<A>& norm) const {
+  void relative_to(const Buffer<A>& centre, const A* points, int64_t count, Buffer<A>& centred,
+                   Buffer<A>& norm) const {
     const int64_t features = pairs_.features;
     centred.resize(count * features);
     norm.assign(pairs_.padded, A{0});
@@ -281,7 +315,7 @@ class Problem {
   }
 
   // Targets [points, values] as [values][padded].
-  const A* place_values(const Tensor& values, std::vector<A>& to) const {
+  const A* place_values(const Tensor& values, Buffer<A>& to) const {
     const Tensor from = wide(values);
     const int64_t count = from.size(0), size = from.size(1);
     to = zeros(size * pairs_.padded);
@@ -298,19 +332,19 @@ class Problem {
   double scale_;
   Pairwise pairs_{};
   bool serial_;
-  int64_t row_block_;
+  int64_t row_block_, column_block_;
   MaybeTensor keep_x_, keep_y_;
   const A *x_data_, *y_data_;
-  std::vector<A> x_centred_, y_centred_, x_factor_, x_norm_, y_norm_, panels_, bias_;
-  std::vector<I> row_label_, column_label_;
-  std::vector<A> target_, prediction_;
+  Buffer<A> x_centred_, y_centred_, x_factor_, x_norm_, y_norm_, panels_, bias_;
+  Buffer<I> row_label_, column_label_;
+  Buffer<A> target_, prediction_;
 };
 
 // The sums of one side, in memory.
 template <typename A>
 struct Sums {
-  std::vector<A> top, sum, total;
-  std::vector<typename LaneIntegerOf<A>::type> count;
+  Buffer<A> top, sum, total;
+  Buffer<typename LaneIntegerOf<A>::type> count;
 
   explicit Sums(int64_t size)
       : top(size, -INFINITY), sum(size, 0), total(size, 0), count(size, 0) {}
@@ -370,9 +404,8 @@ struct Wanted {
 // gradient = factor (sum x - product), or factor product for the inner product.
 template <typename A>
 Tensor finish_gradient(const Problem<A>& problem, const Tensor& like, const A* points,
-                       const std::vector<A>& product, const std::vector<A>& other_product,
-                       const std::vector<A>& sum, const std::vector<A>& other_sum,
-                       int64_t padded_features) {
+                       const Buffer<A>& product, const Buffer<A>& other_product,
+                       const Buffer<A>& sum, const Buffer<A>& other_sum, int64_t padded_features) {
   const int64_t count = like.size(0), features = like.size(1);
   const PairKind kind = problem.pairs().kind;
   const A factor = static_cast<A>(problem.scale() * (kind == kSquaredDistance ? 2.0 : 1.0));
@@ -400,7 +433,7 @@ Result backward_of(const Tensor& logsumexp, const MaybeTensor& grad_logsumexp,
   const Problem<A> problem(call);
   const Pairwise& pairs = problem.pairs();
   const auto by_row = [&](const MaybeTensor& values) {
-    std::vector<A> padded = problem.zeros(pairs.padded);
+    Buffer<A> padded = problem.zeros(pairs.padded);
     if (values.has_value()) {
       const Tensor from = contiguous(*values);
       const A* data = static_cast<const A*>(from.const_data_ptr());
@@ -408,8 +441,8 @@ Result backward_of(const Tensor& logsumexp, const MaybeTensor& grad_logsumexp,
     }
     return padded;
   };
-  std::vector<A> lse = by_row(logsumexp), grad_lse = by_row(grad_logsumexp);
-  const std::vector<A> totals = by_row(grad_total);
+  Buffer<A> lse = by_row(logsumexp), grad_lse = by_row(grad_logsumexp);
+  const Buffer<A> totals = by_row(grad_total);
   const double weight = weight_logarithm(call);
   for (int64_t i = 0; i < pairs.rows; ++i) {
     if (lse[i] == -INFINITY) {  // no pair has a weight: whatever came, nothing goes on
@@ -426,7 +459,7 @@ Result backward_of(const Tensor& logsumexp, const MaybeTensor& grad_logsumexp,
   gradient.grad_logsumexp = grad_lse.data();
   gradient.grad_total = totals.data();
   gradient.padded_features = width;
-  std::vector<A> x_features, y_features, row_product, column_product;
+  Buffer<A> x_features, y_features, row_product, column_product;
   if (x_product || (pairs.own && y_product)) {
     y_features = problem.packed_features(problem.y(), pairs.columns);
     gradient.y = y_features.data();
@@ -441,8 +474,8 @@ Result backward_of(const Tensor& logsumexp, const MaybeTensor& grad_logsumexp,
     column_product = problem.zeros(pairs.columns * width);
     gradient.column_product = column_product.data();
   }
-  std::vector<A> row_sum = problem.zeros(pairs.padded), column_sum = row_sum, row_bias = row_sum,
-                 column_bias = row_sum;
+  Buffer<A> row_sum = problem.zeros(pairs.padded), column_sum = row_sum, row_bias = row_sum,
+            column_bias = row_sum;
   gradient.row_sum = row_sum.data();
   gradient.column_sum = column_sum.data();
   gradient.row_bias = row_bias.data();
@@ -450,24 +483,23 @@ Result backward_of(const Tensor& logsumexp, const MaybeTensor& grad_logsumexp,
   problem.for_blocks([&](const PairBlock& at, A* scratch, bool both) {
     problem.kernel().backward(pairs, gradient, at, both, scratch);
   });
-  const Tensor none = torch::stable::new_empty(call.x, {0}, call.x.scalar_type());
-  Tensor grad_bias = none;
+  const auto none = [&] { return torch::stable::new_empty(call.x, {0}, call.x.scalar_type()); };
+  Tensor grad_bias = none();
   if (wanted.bias) {
     grad_bias = torch::stable::new_empty(logsumexp, {pairs.columns}, logsumexp.scalar_type());
     A* to = static_cast<A*>(grad_bias.mutable_data_ptr());
     for (int64_t j = 0; j < pairs.columns; ++j) {
       to[j] = column_bias[j] + row_bias[j];
     }
-    grad_bias = torch::stable::to(grad_bias, call.column_bias->scalar_type());
   }
-  const std::vector<A> unused;
+  const Buffer<A> unused;
   return {wanted.x
               ? finish_gradient(problem, call.x, problem.x(), row_product,
                                 pairs.own ? column_product : unused, row_sum, column_sum, width)
-              : none,
+              : none(),
           wanted.y ? finish_gradient(problem, *call.y, problem.y(), column_product, unused,
                                      column_sum, unused, width)
-                   : none,
+                   : none(),
           grad_bias};
 }
 

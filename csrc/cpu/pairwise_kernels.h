@@ -191,7 +191,7 @@ template <typename A, PairRule RULE>
 static void reduce_row(const Pairwise& pairs, const PairBlock& at, int64_t row, const A* line,
                        const PairSums& sums) {
   constexpr bool kFactors = RULE == kFalselyNearLinear;
-  A exponents[kPairBlock], factors[kFactors ? kPairBlock : 1];
+  alignas(64) A exponents[kPairBlock], factors[kFactors ? kPairBlock : 1];
   Vector<A> top = broadcast(static_cast<A>(-__builtin_inf())), total{};
   LaneMask<A> count{};
   int64_t k = 0;

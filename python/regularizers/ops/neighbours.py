@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -21,19 +19,7 @@ from regularizers.ops.code_search import nearest_code, sample_code
 _COLD = 1e-30
 
 
-class Neighbours(NamedTuple):
-    """What :func:`nearest_neighbour` finds for every point.
-
-    Attributes:
-        squared_distance: to the nearest point, ``[*]``; float32 for half types.
-        index: of the nearest point, ``[*]``, int64.
-    """
-
-    squared_distance: Tensor
-    index: Tensor
-
-
-def nearest_neighbour(x: Tensor, bank: Tensor | None = None) -> Neighbours:
+def nearest_neighbour(x: Tensor, bank: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""Find the nearest point of a bank and the squared distance to it, without all distances.
 
     .. math::
@@ -53,8 +39,9 @@ def nearest_neighbour(x: Tensor, bank: Tensor | None = None) -> Neighbours:
             not the point itself.
 
     Returns:
-        Squared distances and indices. A point that is not finite gets index 0, and its distance is
-        what the difference gives.
+        The squared distance of every point to its nearest, ``[*]`` (float32 for half types), and
+        the index of that, int64 ``[*]``. A point that is not finite gets index 0, and its distance
+        is what the difference gives.
 
     Raises:
         TypeError: an argument is no floating-point tensor, or the dtypes differ.
@@ -63,9 +50,9 @@ def nearest_neighbour(x: Tensor, bank: Tensor | None = None) -> Neighbours:
     Example:
         >>> bank = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
         >>> nearest_neighbour(torch.tensor([[0.5, 2.0]]), bank)
-        Neighbours(squared_distance=tensor([0.2500]), index=tensor([2]))
+        (tensor([0.2500]), tensor([2]))
         >>> nearest_neighbour(bank)
-        Neighbours(squared_distance=tensor([1., 1., 4.]), index=tensor([1, 0, 0]))
+        (tensor([1., 1., 4.]), tensor([1, 0, 0]))
 
     Source:
         Exact; the search of :func:`nearest_code`, and for the others of a batch that of
@@ -84,7 +71,7 @@ def nearest_neighbour(x: Tensor, bank: Tensor | None = None) -> Neighbours:
     dtype = accumulate_dtype(torch.promote_types(x.dtype, bank.dtype))
     nearest = bank.index_select(0, index.flatten()).reshape(x.shape)
     squares = (x.to(dtype) - nearest.to(dtype)).square().sum(-1)
-    return Neighbours(squares, index)
+    return squares, index
 
 
 def _check_bank(x: Tensor, bank: Tensor) -> None:

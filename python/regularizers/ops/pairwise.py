@@ -497,8 +497,8 @@ def _double_backward(backend: str | None, ctx: Any, *cotangents: Tensor) -> tupl
     )
     each = iter(by_inputs)
     by_x, by_y, by_bias = (next(each) if there else None for there in given)
-    by_grads = [None, None] if by_grad is None else list(by_grad)
-    by_grads = _if_wanted(by_grads, [g is not None for g in grads])
+    by_each = (None, None) if by_grad is None else by_grad.unbind()
+    by_grads = _if_wanted(by_each, [g is not None for g in grads])
     return None, *by_grads, by_x, by_y, by_bias, *(None,) * 13
 
 

@@ -74,8 +74,7 @@ def pairwise_logsumexp_backward(
         nothing if grad_logsumexp is None else torch.where(empty, 0, grad_logsumexp),
         nothing if grad_total is None else grad_total.contiguous(),
     )
-    none = x.new_empty(0)
-    grad_x, grad_y, grad_bias = none, none, none
+    grad_x, grad_y, grad_bias = (x.new_empty(0) for _ in range(3))
     if y is None:
         grad_x, grad_bias = _gradient(points, rule, by_row, kinds, scale, kind, True, True)
     else:
@@ -85,9 +84,9 @@ def pairwise_logsumexp_backward(
             swapped = (points[1], points[0], points[3], points[2])
             grad_y, grad_bias = _gradient(swapped, rule, by_row, kinds, scale, kind, False, True)
     return (
-        grad_x.to(x.dtype) if wants_x else none,
-        grad_y.to(x.dtype) if wants_y else none,
-        grad_bias if wants_bias else none,
+        grad_x.to(x.dtype) if wants_x else x.new_empty(0),
+        grad_y.to(x.dtype) if wants_y else x.new_empty(0),
+        grad_bias if wants_bias else x.new_empty(0),
     )
 
 
