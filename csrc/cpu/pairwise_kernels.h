@@ -155,13 +155,18 @@ static void measure_pairs(const Pairwise& pairs, const PairBlock& at, A* block) 
 
 template <typename A>
 static void measure(const Pairwise& pairs, const PairBlock& at, A* block) {
-  switch (pairs.kind) {
-    case kInnerProduct:
-      return measure_pairs<A, kInnerProduct>(pairs, at, block);
-    case kSquaredDistance:
-      return measure_pairs<A, kSquaredDistance>(pairs, at, block);
-    default:
-      return measure_pairs<A, kDistance>(pairs, at, block);
+  if (pairs.kind == kInnerProduct) {
+    return measure_pairs<A, kInnerProduct>(pairs, at, block);
+  }
+  if (pairs.kind == kSquaredDistance) {
+    measure_pairs<A, kSquaredDistance>(pairs, at, block);
+  } else {
+    measure_pairs<A, kDistance>(pairs, at, block);
+  }
+  // No rounding between a point and itself.
+  for (int64_t r = 0; pairs.own && at.row == at.column && r < at.last_row - at.row; ++r) {
+    A& self = block[r * pairs.stride + r];
+    self -= self;  // NaN stays
   }
 }
 

@@ -354,6 +354,9 @@ def _scores(
         rows, columns = _centred(rows, None if y is None else columns)
     with full_precision(x.device):
         distances = _distances(rows, columns, kind)
+    if y is None and kind != _DOT:  # no rounding between a point and itself; NaN stays
+        itself = torch.eye(rows.shape[0], dtype=torch.bool, device=x.device)
+        distances = torch.where(itself, distances - distances, distances)
     scores = scale.to(dtype) * distances
     if column_bias is not None:
         scores = scores + column_bias

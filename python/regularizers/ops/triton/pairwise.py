@@ -158,7 +158,7 @@ def _prepared(
     norms = (rows.square().sum(1), columns.square().sum(1))
     points = (rows, columns, *norms)
     described = (numbers, bias, *marks, rows.shape[0], columns.shape[0], values)
-    return points, described, (kind, rule, exclude_self)
+    return points, described, (kind, rule, exclude_self, y is None and kind != _DOT)
 
 
 def _weight_logarithm(rule: tuple[Any, ...], kinds: tuple[Any, ...]) -> Any:
@@ -182,8 +182,9 @@ def _product(left, right, total, ACC: tl.constexpr):
 
 @triton.jit
 def _distances(
-    own, other, own_norm, other_norm, a, b, own_count, other_count, features, KIND: tl.constexpr
-):
+    own, other, own_norm, other_norm, a, b, own_count, other_count, features,
+    KIND: tl.constexpr, ITSELF: tl.constexpr,
+):  # fmt: skip
     """Return d of the points ``a`` [A, 1] and ``b`` [1, B]."""
     ACC: tl.constexpr = own.dtype.element_ty
     total = tl.zeros((a.shape[0], b.shape[1]), ACC)
@@ -201,6 +202,8 @@ def _distances(
         total = tl.where(total < 0.0, 0.0, total)  # NaN stays
     if KIND == DIST:
         total = tl.sqrt(total)
+    if ITSELF:  # no rounding between a point and itself; NaN stays
+        total = tl.where(a == b, total - total, total)
     return total
 
 
@@ -256,7 +259,7 @@ def _weigh(distance, row, column, rule, RULE: tl.constexpr, EXCLUDE: tl.constexp
 @triton.jit
 def _forward(
     x, y, x_norm, y_norm, rule, top, summed, total, count, features,
-    KIND: tl.constexpr, RULE: tl.constexpr, EXCLUDE: tl.constexpr,
+    KIND: tl.constexpr, RULE: tl.constexpr, EXCLUDE: tl.constexpr, ITSELF: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = x.dtype.element_ty
@@ -267,7 +270,9 @@ def _forward(
     pairs = tl.zeros((ROWS,), tl.int32)
     for first in range(0, m, COLUMNS):
         column = first + tl.arange(0, COLUMNS)[None, :]
-        distance = _distances(x, y, x_norm, y_norm, row[:, None], column, n, m, features, KIND)
+        distance = _distances(
+            x, y, x_norm, y_norm, row[:, None], column, n, m, features, KIND, ITSELF
+        )
         allowed, score, exponent, factor = _weigh(
             distance, row[:, None], column, rule, RULE, EXCLUDE
         )
@@ -306,7 +311,7 @@ def _slope(
 def _backward(
     own, other, own_norm, other_norm, rule, logsumexp, grad_logsumexp, grad_total,
     product, weight, bias, own_count, other_count, features,
-    KIND: tl.constexpr, RULE: tl.constexpr, EXCLUDE: tl.constexpr,
+    KIND: tl.constexpr, RULE: tl.constexpr, EXCLUDE: tl.constexpr, ITSELF: tl.constexpr,
     AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr,
     OWN: tl.constexpr, OTHERS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
@@ -318,7 +323,7 @@ def _backward(
     for first in range(0, other_count, OTHERS):
         b = first + tl.arange(0, OTHERS)[None, :]
         distance = _distances(
-            own, other, own_norm, other_norm, a, b, own_count, other_count, features, KIND
+            own, other, own_norm, other_norm, a, b, own_count, other_count, features, KIND, ITSELF
         )
         slope = tl.zeros_like(distance)
         if AS_ROWS:
