@@ -432,6 +432,17 @@ def test_a_side_without_gradient_costs_none():
     torch.testing.assert_close(y.grad, x.sum(0).expand(4, 3))
 
 
+def test_rules_made_inside_compile_to_one_graph(fresh_dynamo):
+    def losses(x, labels, targets):
+        same = pairwise_logsumexp(x, pairs=SameLabel(labels))
+        pushed = pairwise_logsumexp(x, pairs=FalselyNear(targets, targets.roll(1), 0.5, 0.1))
+        return same.total, pushed.pair_count
+
+    arguments = torch.randn(ROWS, FEATURES), LABELS, TARGETS
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), losses(*arguments))
+
+
 def test_infonce_is_cross_entropy_of_the_scores():
     x, y = torch.randn(20, 6), torch.randn(20, 6)
     found = pairwise_logsumexp(x, y, scale=2.0).logsumexp - 2 * (x * y).sum(1)
