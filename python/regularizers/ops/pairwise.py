@@ -167,9 +167,9 @@ def pairwise_logsumexp(
         >>> from regularizers.ops import SameLabel, pairwise_logsumexp
         >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
         >>> same = SameLabel(torch.tensor([0, 0, 1]))
-        >>> pairwise_logsumexp(z, pairs=same)  # doctest: +NORMALIZE_WHITESPACE
-        PairwiseSums(logsumexp=tensor([1., 1., -inf]), total=tensor([1., 1., 0.]),
-                     pair_count=tensor([1, 1, 0]))
+        >>> found = pairwise_logsumexp(z, pairs=same)
+        >>> found.logsumexp, found.total, found.pair_count
+        (tensor([1.0000, 1.0000,   -inf]), tensor([1., 1., 0.]), tensor([1, 1, 0]))
 
     Source:
         The denominators of contrastive losses since InfoNCE (A. van den Oord et al., 2018, arXiv
