@@ -7,6 +7,7 @@
 #include "masked_linear_cross_entropy_kernels.h"
 #include "mix_kernels.h"
 #include "nested_kernels.h"
+#include "pairwise_kernels.h"
 #include "prefix_scan_kernels.h"
 #include "row_gate_kernels.h"
 #include "sinkhorn_kernels.h"
@@ -69,6 +70,7 @@ const Kernels& kernels() {
        prefix_scan_kernels<float16>()},
       {decay_kernels<float>(), decay_kernels<double>(), decay_kernels<bfloat16>(),
        decay_kernels<float16>()},
+      {pairwise_kernels<float>(), pairwise_kernels<double>()},
   };
   return table;
 }

@@ -37,6 +37,13 @@ def check_not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
+def check_finite(name: str, value: float) -> None:
+    """Raise unless ``value`` is a finite number."""
+    _check_number(name, value)
+    if not float("-inf") < value < float("inf"):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")

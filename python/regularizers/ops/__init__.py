@@ -7,6 +7,7 @@ from regularizers.ops.drop_block import drop_block
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
 from regularizers.ops.mix import mix, paste_boxes
+from regularizers.ops.neighbours import nearest_neighbour
 from regularizers.ops.nested import prefix_linear
 from regularizers.ops.pairwise import (
     FalselyNear,
@@ -54,6 +55,7 @@ __all__ = [
     "mix",
     "multi_sample_dropout_cross_entropy",
     "nearest_code",
+    "nearest_neighbour",
     "pairwise_logsumexp",
     "paste_boxes",
     "philox_4x32",
