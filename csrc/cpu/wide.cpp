@@ -5,6 +5,7 @@
 #include "dropout_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
+#include "mini_float_kernels.h"
 #include "mix_kernels.h"
 #include "nested_kernels.h"
 #include "prefix_scan_kernels.h"
@@ -69,6 +70,8 @@ const Kernels& kernels() {
        prefix_scan_kernels<float16>()},
       {decay_kernels<float>(), decay_kernels<double>(), decay_kernels<bfloat16>(),
        decay_kernels<float16>()},
+      {mini_float_kernels<float>(), mini_float_kernels<double>(), mini_float_kernels<bfloat16>(),
+       mini_float_kernels<float16>()},
   };
   return table;
 }

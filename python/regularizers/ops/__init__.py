@@ -6,6 +6,7 @@ from regularizers.ops.decay import decay_amount, decoupled_adam_, stochastic_rou
 from regularizers.ops.drop_block import drop_block
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
+from regularizers.ops.mini_float import mini_float_bias, mini_float_pack, mini_float_unpack
 from regularizers.ops.mix import mix, paste_boxes
 from regularizers.ops.nested import prefix_linear
 from regularizers.ops.pairwise import (
@@ -51,6 +52,9 @@ __all__ = [
     "dropout_samples",
     "expected_prefix_cross_entropy",
     "gathered_attention",
+    "mini_float_bias",
+    "mini_float_pack",
+    "mini_float_unpack",
     "mix",
     "multi_sample_dropout_cross_entropy",
     "nearest_code",
