@@ -464,6 +464,17 @@ struct MiniFloatKernels {
 
 constexpr int64_t kMiniFloatBlock = 128;
 
+struct GradientGate {
+  double eps, strength;
+  PhiloxStream random;
+};
+
+struct GradientGateKernels {
+  // Elements [begin, end) of `to`; `begin` is a multiple of a Philox block. `value` may be `task`.
+  void (*gate)(const GradientGate& gate, const void* value, const void* task, const void* reg,
+               void* to, int64_t begin, int64_t end);
+};
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
@@ -485,6 +496,7 @@ struct Kernels {
   PrefixScanKernels prefix_scan[kStorageTypes];
   DecayKernels decay[kStorageTypes];
   MiniFloatKernels mini_float[kStorageTypes];
+  GradientGateKernels gradient_gate[kStorageTypes];
 };
 
 namespace baseline {

@@ -3,6 +3,7 @@
 #include "decay_kernels.h"
 #include "drop_block_kernels.h"
 #include "dropout_kernels.h"
+#include "gradient_gate_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
 #include "mini_float_kernels.h"
@@ -72,6 +73,10 @@ const Kernels& kernels() {
        decay_kernels<float16>()},
       {mini_float_kernels<float>(), mini_float_kernels<double>(), mini_float_kernels<bfloat16>(),
        mini_float_kernels<float16>()},
+      {{gradient_gate<float>},
+       {gradient_gate<double>},
+       {gradient_gate<bfloat16>},
+       {gradient_gate<float16>}},
   };
   return table;
 }
