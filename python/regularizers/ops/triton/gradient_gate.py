@@ -34,9 +34,9 @@ def gradient_gate(
                 out,
                 drop_strength,
                 seed,
-                eps,
                 stream,
                 count,
+                eps,
                 BLOCK,
             )
     return out
@@ -50,9 +50,9 @@ def _gate(
     y,
     drop_strength,
     seed,
-    eps,
     stream,
     count,
+    EPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     A: tl.constexpr = accumulate_type(y.dtype.element_ty)
@@ -68,7 +68,7 @@ def _gate(
     b = tl.load(g_reg + element, inside, 0.0).to(A)
     toward = tl.where(a > 0, b, tl.where(a < 0, -b, a * b))
     size = tl.abs(a)
-    share = (toward + size) / (size + tl.abs(b) + eps.to(A))
+    share = (toward + size) / (size + tl.abs(b) + EPS)
     keep = tl.where(share == share, share, 1.0) * 0.5 + 0.5
     strength = tl.load(drop_strength)
     rest = tl.where(strength < 1.0, v * (1.0 - strength).to(A), 0.0)
