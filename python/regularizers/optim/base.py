@@ -109,7 +109,10 @@ class DecoupledOptimizer(Optimizer):
         super().__init__(params, {**known, **defaults})
 
     def transform_grad(self, p: Tensor, grad: Tensor, group: Group) -> Tensor:
-        """Return the gradient that the moments see; never write into ``grad``."""
+        """Return the gradient that the moments see; never write into ``grad``.
+
+        It comes in full precision, without the factor of a ``GradScaler``, negated to climb.
+        """
         return grad
 
     def update_moments(self, p: Tensor, grad: Tensor, state: State, group: Group) -> None:
