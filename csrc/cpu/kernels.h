@@ -517,6 +517,37 @@ struct PairwiseKernels {
                    bool both, void* block);
 };
 
+// A floating-point format of 2 to 8 bits and how its codes lie in memory.
+struct MiniFloatFormat {
+  int64_t exp_bits, man_bits, bits;
+  int64_t stored_bits;  // `bits`, without gaps, or 8
+  int64_t largest;      // code of the largest number, or of infinity where there is one
+  int64_t bias;
+  bool is_signed, has_inf_nan;
+};
+
+struct MiniFloatKernels {
+  // The largest finite |x|, or 0.
+  double (*largest)(const void* x, int64_t count);
+  // Both work off blocks of kMiniFloatBlock numbers, the last one shorter. `encode` tells whether
+  // all numbers were finite (true where the format has NaN), `decode` whether all codes are ones.
+  bool (*encode)(const MiniFloatFormat& format, const void* x, int64_t count, uint8_t* to);
+  bool (*decode)(const MiniFloatFormat& format, const uint8_t* from, int64_t count, void* to);
+};
+
+constexpr int64_t kMiniFloatBlock = 128;
+
+struct GradientGate {
+  double eps, strength;
+  PhiloxStream random;
+};
+
+struct GradientGateKernels {
+  // Elements [begin, end) of `to`; `begin` is a multiple of a Philox block. `value` may be `task`.
+  void (*gate)(const GradientGate& gate, const void* value, const void* task, const void* reg,
+               void* to, int64_t begin, int64_t end);
+};
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
@@ -538,6 +569,8 @@ struct Kernels {
   PrefixScanKernels prefix_scan[kStorageTypes];
   DecayKernels decay[kStorageTypes];
   PairwiseKernels pairwise[2];  // kFloat, kDouble
+  MiniFloatKernels mini_float[kStorageTypes];
+  GradientGateKernels gradient_gate[kStorageTypes];
 };
 
 namespace baseline {
