@@ -118,7 +118,7 @@ def _info_nce(points: int, device: str, compiled: bool = False, goals: bool = Fa
         return functional.cross_entropy(10.0 * (x @ y.T), target, reduction="none")
 
     leaves = _points(points, device, 0), _points(points, device, 1)
-    return _case("InfoNCE", ours, eager, leaves, compiled, _goals(2) if goals else ())
+    return _case("InfoNCE", ours, eager, leaves, compiled, _goals(3) if goals else ())
 
 
 def _off_diagonal(scores: Tensor) -> Tensor:
