@@ -24,6 +24,7 @@ POINTS = 8192
 CLASSES = 100
 # Forward and backward with stored scores cost 3 products.
 PRODUCTS = 3
+GOALS = (Goal("eager", 1 / 3), Goal("eager", 0.1, quantity="memory"))
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -88,11 +89,6 @@ def _case(
     )
 
 
-def _goals(times: float) -> tuple[Goal, ...]:
-    """Return the goals of a case; two sides cost 4 products where stored scores cost 3."""
-    return Goal("eager", 1 / times), Goal("eager", 0.1, quantity="memory")
-
-
 def _floors(x: Tensor, y: Tensor) -> dict[str, Call]:
     """Do the products of stored scores alone, and one exponential a pair, in memory made before."""
     scores = x.new_empty(len(x), len(y))
@@ -118,7 +114,7 @@ def _info_nce(points: int, device: str, compiled: bool = False, goals: bool = Fa
         return functional.cross_entropy(10.0 * (x @ y.T), target, reduction="none")
 
     leaves = _points(points, device, 0), _points(points, device, 1)
-    return _case("InfoNCE", ours, eager, leaves, compiled, _goals(3) if goals else ())
+    return _case("InfoNCE", ours, eager, leaves, compiled, GOALS if goals else ())
 
 
 def _off_diagonal(scores: Tensor) -> Tensor:
@@ -136,7 +132,7 @@ def _dispersive(points: int, device: str, compiled: bool = False, goals: bool = 
         return torch.logsumexp(_off_diagonal(-2.0 * distances), 1)
 
     leaves = (_points(points, device, 0),)
-    return _case("dispersive", ours, eager, leaves, compiled, _goals(3) if goals else ())
+    return _case("dispersive", ours, eager, leaves, compiled, GOALS if goals else ())
 
 
 def _same_label(points: int, device: str, compiled: bool = False, goals: bool = False) -> Case:
@@ -151,7 +147,7 @@ def _same_label(points: int, device: str, compiled: bool = False, goals: bool = 
         return torch.logsumexp(scores.masked_fill(other, -torch.inf), 1)
 
     leaves = (_points(points, device, 0),)
-    return _case("same label", ours, eager, leaves, compiled, _goals(3) if goals else ())
+    return _case("same label", ours, eager, leaves, compiled, GOALS if goals else ())
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from regularizers._shared.distributed import add_up
 from regularizers._shared.moments import covariance
 from regularizers.representation import (
     DispersiveRegularizer,
@@ -60,7 +61,7 @@ def _coloring(z, rows, group):
     # What a training loop does with the output and the bases: a mean over its own samples.
     own = found.out.square().mean() + coloring_loss(found.basis)
     if group is not None:
-        own = dist.nn.functional.all_reduce(own, group=group) / WORLD
+        own = add_up(own, group) / WORLD
     return own + whitening_loss(found.covariance)
 
 
