@@ -48,7 +48,7 @@ format: install
 	$(CLANG_FORMAT) -i $(CXX_FILES)
 
 docs: install
-	$(RUN) -m sphinx -W -q -b html docs docs/_build
+	$(RUN) -m sphinx -W -q -j 2 -b html docs docs/_build
 
 clean:
 	rm -rf build dist docs/_build docs/generated python/regularizers/*.so python/*.egg-info
