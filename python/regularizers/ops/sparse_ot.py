@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -250,9 +251,10 @@ def _as_batch(
     alpha: Tensor, beta: Tensor | None, cost: Tensor, a: Any, b: Tensor, *rest: Any
 ) -> tuple[Any, ...]:
     """Merge the batch dimensions into one, as the operators take them."""
-    vectors = (None if v is None else v.reshape(-1, v.shape[-1]) for v in (alpha, beta, a, b))
+    count = math.prod(cost.shape[:-2])  # -1 would be ambiguous where there are no columns
+    vectors = (None if v is None else v.reshape(count, v.shape[-1]) for v in (alpha, beta, a, b))
     alpha, beta, a, b = vectors  # type: ignore[assignment]
-    return alpha, beta, cost.reshape(-1, *cost.shape[-2:]), a, b, *rest
+    return alpha, beta, cost.reshape(count, *cost.shape[-2:]), a, b, *rest
 
 
 def _scores(alpha: Tensor, beta: Tensor | None, cost: Tensor) -> Tensor:
