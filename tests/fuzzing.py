@@ -23,6 +23,7 @@ from tests.harness import DTYPES, Sample
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "channels_last")
 TAME = ("normal", "normal", "normal", "ties", "tiny", "denormal", "zero")
 WILD = ("huge", "nan", "inf", "mixed")
+INFINITE = ("inf", "mixed")
 BAD_NUMBERS = (-1.0, float("nan"), float("inf"), "half", None, 7)
 BAD_TENSORS = ("integers", "another dimension", "one row less", "no tensor", "another dtype")
 
@@ -73,9 +74,12 @@ class Draws:
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed())
 
-    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor of any kind of numbers in any layout."""
-        kind, layout = self.pick(self._values), self.pick(LAYOUTS)
+    def tensor(
+        self, *shape: int, dtype: torch.dtype | None = None, without: Sequence[str] = ()
+    ) -> Tensor:
+        """A tensor of any kind of numbers, but for some, in any layout."""
+        kind = self.pick([kind for kind in self._values if kind not in without])
+        layout = self.pick(LAYOUTS)
         self.kinds.add(kind)
         return laid_out(numbers(kind, shape, dtype or self.dtype, self.generator()), layout)
 
@@ -348,13 +352,15 @@ def _sparse_projection(d: Draws) -> Sample:
         "k": d.number(None, 1, 3),
         "dim": d.pick((-1, 0)),
     }
-    return Sample("", (d.tensor(*shape),), ops.sparse_projection, options)
+    # A vector of infinities has no projection: which of them gets the mass is left open.
+    return Sample("", (d.tensor(*shape, without=INFINITE),), ops.sparse_projection, options)
 
 
 def _dual_problem(d: Draws) -> tuple[Tensor, ...]:
     """alpha, cost, a, b, beta."""
     n, m = d.rows(), d.size(1)
-    return d.tensor(m), d.tensor(n, m), d.ordinary(m), d.ordinary(n).abs(), d.tensor(n)
+    alpha, cost, beta = (d.tensor(*shape, without=INFINITE) for shape in ((m,), (n, m), (n,)))
+    return alpha, cost, d.ordinary(m), d.ordinary(n).abs(), beta
 
 
 def _transport_dual(d: Draws) -> Sample:
@@ -391,8 +397,11 @@ def _sinkhorn(d: Draws) -> Sample:
 
 
 def _clouds(d: Draws) -> tuple[Tensor, ...]:
+    # Squares of tiny numbers vanish and those of huge ones round by more than epsilon: directions
+    # and plans then depend on rounding alone.
     n, m, features = d.rows(1), d.size(1), d.size(1)
-    return d.tensor(n, features), d.tensor(m, features), d.masses(n), d.masses(m)
+    x, y = (d.tensor(size, features, without=("huge", "tiny", "denormal")) for size in (n, m))
+    return x, y, d.masses(n), d.masses(m)
 
 
 def _point_options(d: Draws) -> dict[str, Any]:
@@ -420,7 +429,7 @@ def _transport_plan(d: Draws) -> Sample:
     n, m = d.rows(1), d.size(1)
     wide = accumulate_dtype(d.dtype)
     f, g = d.ordinary(n, dtype=wide), d.ordinary(m, dtype=wide)
-    return Sample("", (d.tensor(n, m), f, g), ops.transport_plan, {"epsilon": d.number(1.0, 0.2)})
+    return Sample("", (d.tensor(n, m), f, g), ops.transport_plan, {"epsilon": d.number(1.0, 0.5)})
 
 
 def _sketch(d: Draws) -> tuple[Tensor, Tensor]:
@@ -463,7 +472,8 @@ def _decoupled_adam(d: Draws) -> Sample:
     def step(*tensors: Tensor, **options: Any) -> Tensor:
         with torch.no_grad():
             n = len(shapes)
-            written = [[t.clone() for t in tensors[:n]], [t.clone() for t in first]]
+            written = [[t.clone() if isinstance(t, Tensor) else t for t in tensors[:n]]]
+            written.append([t.clone() for t in first])
             written.append([t.square() for t in second])
             ops.decoupled_adam_(
                 written[0],
@@ -489,6 +499,7 @@ class Fuzzed:
             signs or an overflow may meet in another order, and NaN stand for infinity.
         smooth: a result changes little under the rounding of inputs of any size, so that values,
             not finiteness alone, are compared for huge inputs too.
+        reads_less: the kernel passes over a NaN in weights that count for nothing, as documented.
         gradients: whether they are compared.
     """
 
@@ -496,6 +507,7 @@ class Fuzzed:
     degree: int = 1
     exact: bool = False
     smooth: bool = False
+    reads_less: bool = False
     gradients: bool = True
 
 
@@ -511,7 +523,7 @@ TABLE = {
     "pairwise_logsumexp": Fuzzed(_pairwise_logsumexp, degree=2),
     "paste_boxes": Fuzzed(_paste_boxes, degree=0, exact=True, smooth=True),
     "prefix_accuracy": Fuzzed(_prefix_accuracy, gradients=False),
-    "prefix_linear": Fuzzed(_prefix_linear, degree=2, smooth=True),
+    "prefix_linear": Fuzzed(_prefix_linear, degree=2, smooth=True, reads_less=True),
     "prefix_logits": Fuzzed(_prefix_logits, degree=2, smooth=True),
     "regularized_plan": Fuzzed(_regularized_plan),
     "row_gate": Fuzzed(_row_gate, exact=True, smooth=True),
