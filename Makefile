@@ -24,8 +24,9 @@ install: $(INSTALLED)
 demo: install
 	$(RUN) -m regularizers demo
 
-# Two processes; a file stays in one of them, since its tests may share what is costly to make.
-PYTEST = $(RUN) -m pytest -n 2 --dist loadfile
+# Two processes of one thread each (tests of threads ask for their own number); a file stays in one of them, since its
+# tests may share what is costly to make.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 # Triton's interpreter has to be chosen before import, hence the second command.
 test: install

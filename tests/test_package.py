@@ -43,14 +43,14 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 def test_import_runs_few_instructions():
     # Stands for "adds at most 0.3 s to import torch" (0.03 s measured): modules loaded, since tests
-    # assert no times.
+    # assert no times. Each operator is a module.
     script = """
 import sys, torch
 before = set(sys.modules)
 import regularizers
 print(len(set(sys.modules) - before))
 """
-    assert int(_output(script)) < 40
+    assert int(_output(script)) < 60
 
 
 def test_environment_forces_a_backend():

@@ -444,6 +444,110 @@ struct DecayKernels {
 
 constexpr int64_t kDecayBlock = 128;  // elements whose random words are made together
 
+// Log-sum-exp over pairs of points; the arithmetic is in pairwise_kernels.h. A is float or double.
+// Arrays over points are padded to `padded`, so that whole vectors can be read.
+enum PairKind : int64_t { kInnerProduct = 0, kSquaredDistance = 1, kDistance = 2 };
+enum PairRule : int64_t {
+  kEveryPair = 0,
+  kSameLabel = 1,
+  kOtherLabel = 2,
+  kLabelWindow = 3,
+  kFalselyNearExp = 4,
+  kFalselyNearLinear = 5,
+  kPairRules = 6
+};
+
+constexpr int64_t kPairBlock = 128;  // most rows or columns of a block
+
+struct Pairwise {
+  PairKind kind;
+  PairRule rule;
+  bool own;  // the columns are the rows
+  bool exclude_self;
+  int64_t rows, columns, features, padded;
+  int64_t stride;            // of a block, at least its columns
+  double unit;               // scale log2(e)
+  const void* x;             // A [rows, features], times -2 for distances
+  const void* y;             // A panels of columns: [panel][features][width]
+  const void* x_norm;        // A [rows], squared; distances alone
+  const void* y_norm;        // A [padded]
+  const void* bias;          // A [padded], times log2(e)
+  const void* row_label;     // integers as wide as A [padded]
+  const void* column_label;  // likewise
+  int64_t values;            // of a target
+  const void* target;        // A [values, padded]
+  const void* prediction;    // likewise
+  double window;
+  double push;  // kFalselyNearExp: times log2(e)
+};
+
+struct PairBlock {
+  int64_t row, last_row, column, last_column;  // column: the first of a panel
+};
+
+// Of every point in the role of a row: the largest exponent, the sum of powers of 2 relative to it,
+// the sum of the scores (all in base 2), and how many pairs; A [padded], the last integers as wide.
+struct PairSums {
+  void *top, *sum, *total, *count;
+};
+
+struct PairGradient {
+  const void *logsumexp, *grad_logsumexp, *grad_total;  // A [padded], by row; the first in base 2
+  const void *x, *y;  // A panels of features: [panel][points][width]
+  int64_t padded_features;
+  // Added to. Products A [points, padded_features], null where not wanted; sums A [padded]. Rows
+  // and columns of a block write to arrays of their own.
+  void *row_product, *column_product;
+  void *row_sum, *column_sum;    // of what multiplies the points
+  void *row_bias, *column_bias;  // derivatives in the bias
+};
+
+struct PairwiseKernels {
+  int64_t panel_width;
+  // Panels [begin, end) of points, and of features.
+  void (*pack_points)(const void* points, int64_t count, int64_t features, int64_t begin,
+                      int64_t end, void* packed);
+  void (*pack_features)(const void* points, int64_t count, int64_t features, int64_t begin,
+                        int64_t end, void* packed);
+  // One block; `both`: its pairs count for the columns too (own: as pairs the other way round).
+  // `block` holds kPairBlock lines of `stride`.
+  void (*forward)(const Pairwise& pairs, const PairBlock& at, bool both, const PairSums& row_sums,
+                  const PairSums& column_sums, void* block);
+  void (*backward)(const Pairwise& pairs, const PairGradient& gradient, const PairBlock& at,
+                   bool both, void* block);
+};
+
+// A floating-point format of 2 to 8 bits and how its codes lie in memory.
+struct MiniFloatFormat {
+  int64_t exp_bits, man_bits, bits;
+  int64_t stored_bits;  // `bits`, without gaps, or 8
+  int64_t largest;      // code of the largest number, or of infinity where there is one
+  int64_t bias;
+  bool is_signed, has_inf_nan;
+};
+
+struct MiniFloatKernels {
+  // The largest finite |x|, or 0.
+  double (*largest)(const void* x, int64_t count);
+  // Both work off blocks of kMiniFloatBlock numbers, the last one shorter. `encode` tells whether
+  // all numbers were finite (true where the format has NaN), `decode` whether all codes are ones.
+  bool (*encode)(const MiniFloatFormat& format, const void* x, int64_t count, uint8_t* to);
+  bool (*decode)(const MiniFloatFormat& format, const uint8_t* from, int64_t count, void* to);
+};
+
+constexpr int64_t kMiniFloatBlock = 128;
+
+struct GradientGate {
+  double eps, strength;
+  PhiloxStream random;
+};
+
+struct GradientGateKernels {
+  // Elements [begin, end) of `to`; `begin` is a multiple of a Philox block. `value` may be `task`.
+  void (*gate)(const GradientGate& gate, const void* value, const void* task, const void* reg,
+               void* to, int64_t begin, int64_t end);
+};
+
 struct Kernels {
   void (*philox_words)(PhiloxStream source, uint64_t call, int64_t calls, uint32_t* words);
   DropoutKernels dropout[kStorageTypes];
@@ -464,6 +568,9 @@ struct Kernels {
   AttentionKernels attention[kStorageTypes];
   PrefixScanKernels prefix_scan[kStorageTypes];
   DecayKernels decay[kStorageTypes];
+  PairwiseKernels pairwise[2];  // kFloat, kDouble
+  MiniFloatKernels mini_float[kStorageTypes];
+  GradientGateKernels gradient_gate[kStorageTypes];
 };
 
 namespace baseline {

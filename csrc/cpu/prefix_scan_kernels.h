@@ -12,17 +12,6 @@
 
 namespace regularizers::REGULARIZERS_ISA {
 
-template <typename A>
-struct LaneIntegerOf {
-  using type = int32_t;
-};
-template <>
-struct LaneIntegerOf<double> {
-  using type = int64_t;
-};
-template <typename A>
-using LaneInteger = typename LaneIntegerOf<A>::type;
-
 // --- Accuracy: rows in lanes, a block of classes in registers ------------------------------------
 //
 // For a block of classes the logits of kLanes rows stay in registers over all features; what a step

@@ -34,6 +34,18 @@ using Vector = typename VectorOf<T>::type;
 template <typename T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
+// Integers as wide as a number.
+template <typename A>
+struct LaneIntegerOf {
+  using type = int32_t;
+};
+template <>
+struct LaneIntegerOf<double> {
+  using type = int64_t;
+};
+template <typename A>
+using LaneInteger = typename LaneIntegerOf<A>::type;
+
 template <typename T>
 static inline Vector<T> load(const T* from) {
   return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(from);

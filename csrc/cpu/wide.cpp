@@ -3,10 +3,13 @@
 #include "decay_kernels.h"
 #include "drop_block_kernels.h"
 #include "dropout_kernels.h"
+#include "gradient_gate_kernels.h"
 #include "kernels.h"
 #include "masked_linear_cross_entropy_kernels.h"
+#include "mini_float_kernels.h"
 #include "mix_kernels.h"
 #include "nested_kernels.h"
+#include "pairwise_kernels.h"
 #include "prefix_scan_kernels.h"
 #include "row_gate_kernels.h"
 #include "sinkhorn_kernels.h"
@@ -69,6 +72,13 @@ const Kernels& kernels() {
        prefix_scan_kernels<float16>()},
       {decay_kernels<float>(), decay_kernels<double>(), decay_kernels<bfloat16>(),
        decay_kernels<float16>()},
+      {pairwise_kernels<float>(), pairwise_kernels<double>()},
+      {mini_float_kernels<float>(), mini_float_kernels<double>(), mini_float_kernels<bfloat16>(),
+       mini_float_kernels<float16>()},
+      {{gradient_gate<float>},
+       {gradient_gate<double>},
+       {gradient_gate<bfloat16>},
+       {gradient_gate<float16>}},
   };
   return table;
 }

@@ -21,13 +21,10 @@ _MODULE = Template('''\
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
 from regularizers._shared.checks import check_floating, check_not_negative, check_one_of
-
-Reduction = Literal["mean", "sum", "none"]
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 
 
 def $name(x: Tensor, *, weight: float = 1.0, reduction: Reduction = "mean") -> Tensor:
@@ -57,13 +54,10 @@ def $name(x: Tensor, *, weight: float = 1.0, reduction: Reduction = "mean") -> T
     """
     check_floating("x", x)
     check_not_negative("weight", weight)
-    check_one_of("reduction", reduction, ("mean", "sum", "none"))
+    check_one_of("reduction", reduction, REDUCTIONS)
     if x.dim() != 2:
         raise ValueError(f"x must have shape [B, D], got {list(x.shape)}")
-    penalties = weight * x.square().sum(1)
-    if reduction == "none":
-        return penalties
-    return penalties.mean() if reduction == "mean" else penalties.sum()
+    return reduce_rows(weight * x.square().sum(1), reduction)
 ''')
 
 _TEST = Template('''\

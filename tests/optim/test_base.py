@@ -109,3 +109,44 @@ def test_a_bad_group_is_not_added():
     with pytest.raises(ValueError, match="eps"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "eps": -1.0})
     assert len(optimizer.param_groups) == 1
+
+
+class Signed(DecoupledOptimizer):
+    """Moments of signs: a transform that is not linear, and not odd for its last entry."""
+
+    def transform_grad(self, p, grad, group):
+        return torch.where(grad > 2, 2, grad.sign())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_transform_sees_the_gradient_unscaled_and_turned_around(fused, maximize, dtype):
+    param = nn.Parameter(torch.ones(3, dtype=dtype))
+    options = {**DEFAULTS, "weight_decay": 0.0, "fused": fused, "maximize": maximize}
+    optimizer = Signed([param], options)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    param.grad = torch.tensor([1.0, -1.5, 3.0], dtype=dtype) * 1024
+    optimizer.step()
+    seen = torch.tensor([-1.0, 1.0, -1.0] if maximize else [1.0, -1.0, 2.0])
+    rest = 1 - DEFAULTS["betas"][0]
+    torch.testing.assert_close(optimizer.state[param]["exp_avg"], rest * seen)
+
+
+def test_a_checkpoint_with_steps_in_float64_loads():
+    # torch.optim counts steps in float64 where that is the default dtype.
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(5, dtype=torch.float64)) for _ in range(2))
+    options = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    adamw = torch.optim.AdamW([theirs], **options)
+    theirs.grad = torch.randn(5, dtype=torch.float64)
+    adamw.step()
+    adamw.state[theirs]["step"] = adamw.state[theirs]["step"].double()
+    optimizer = DecoupledOptimizer([ours], dict(options))
+    optimizer.load_state_dict(adamw.state_dict())
+    ours.data.copy_(theirs.data)
+    ours.grad = torch.randn(5, dtype=torch.float64)
+    theirs.grad = ours.grad.clone()
+    for each in (optimizer, adamw):
+        each.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)

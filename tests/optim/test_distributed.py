@@ -11,7 +11,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from regularizers.optim import AdamHD, AdamR, HuberDecay, Muon, nlm_alignment, orthogonalize_grad_
+from regularizers.optim import (
+    AdamHD,
+    AdamR,
+    BackSlash,
+    HuberDecay,
+    Muon,
+    nlm_alignment,
+    orthogonalize_grad_,
+    rate_penalty,
+)
 from tests.harness import found_by_processes
 
 WORLD = 2
@@ -110,6 +119,56 @@ def _towards_zero(place):
     return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in params]
 
 
+LAWS = [(shape, form) for shape in ("estimate", 0.7) for form in ("power", "nll")]
+
+
+def _coded(place):
+    """Parameters after a step of BackSlash of every kind, and what they cost before it."""
+    found = []
+    for shape, form in LAWS:
+        params = [nn.Parameter(place(x)) for x in _full()]
+        cost = rate_penalty(params, shape=shape, form=form)
+        BackSlash(params, strength=3.0, shape=shape, form=form).step(0.1)
+        found += [p.detach() for p in params] + [cost.detach()]
+    return [x.full_tensor() if isinstance(x, DTensor) else x for x in found]
+
+
+def _refuses_nan_of_another_process(place):
+    """Whether BackSlash raises, and writes nothing, where only the last shard holds a NaN."""
+    whole = torch.ones(4, 3)
+    whole[3, 2] = torch.nan
+    param = nn.Parameter(place(whole))
+    try:
+        BackSlash(param, strength=1.0).step(0.1)
+    except ValueError:
+        return torch.equal(param.full_tensor().nan_to_num(1.0), torch.ones(4, 3))
+    return False
+
+
+GRID = ((4, 3), (5, 2), (2, 6))
+
+
+def _train_on_a_grid(place):
+    """Parameters and thresholds after steps of AdamHD and of AdamR."""
+    found = []
+    for make in (
+        lambda params: AdamHD(params, lr=0.1, weight_decay=0.5, delta_beta=0.8),
+        lambda params: AdamR(params, lr=0.1, weight_decay=0.5),
+    ):
+        generator = torch.Generator().manual_seed(6)
+        draw = lambda s, g=generator: torch.randn(s, generator=g, dtype=torch.float64)
+        params = [nn.Parameter(place(draw(shape))) for shape in GRID]
+        optimizer = make(params)
+        for _ in range(STEPS):
+            for p, shape in zip(params, GRID, strict=True):
+                p.grad = place(draw(shape))
+            optimizer.step()
+        found += [p.detach() for p in params]
+        if isinstance(optimizer, AdamHD):
+            found += [optimizer.state[p]["delta"] for p in params]
+    return [x.full_tensor() if isinstance(x, DTensor) else x for x in found]
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -162,6 +221,19 @@ def _process(rank, folder):
     found["wrapper"] = _wrapped(shard)
     found["muon"] = _train_muon(shard)
     found["AdamR"] = _towards_zero(shard)
+    found["BackSlash"] = _coded(shard)
+    found["NaN"] = _refuses_nan_of_another_process(shard)
+    # Meshes of two dimensions: sharded along one and replicated along the other, or sharded twice.
+    for sides in ((1, WORLD), (WORLD, 1)):
+        grid = init_device_mesh("cpu", sides)
+        for name, placements in (
+            ("replicated, then sharded", [Replicate(), Shard(0)]),
+            ("sharded, then replicated", [Shard(0), Replicate()]),
+            ("sharded twice", [Shard(0), Shard(1)]),
+            ("replicated", [Replicate(), Replicate()]),
+        ):
+            place = lambda x, g=grid, p=placements: distribute_tensor(x, g, p)
+            found[name, sides] = _train_on_a_grid(place)
     own = slice(3 * rank, 3 * (rank + 1))
     wrapped = DistributedDataParallel(_model())
     _train_model(wrapped, _rows()[:, own])
@@ -219,6 +291,28 @@ def test_sharded_matrices_are_orthogonalised_and_projected_as_whole_ones(process
 def test_scale_of_adamr_is_that_of_all_shards(processes):
     for found in processes:
         torch.testing.assert_close(found["AdamR"], _towards_zero(lambda x: x.clone()))
+
+
+def test_backslash_takes_the_law_of_whole_tensors(processes):
+    want = _coded(lambda x: x.clone())
+    for found in processes:
+        # float64 but for the fitted shape, whose table is interpolated.
+        torch.testing.assert_close(found["BackSlash"], want, rtol=0, atol=1e-12)
+
+
+def test_every_process_refuses_the_nan_of_one(processes):
+    assert all(found["NaN"] for found in processes)
+
+
+@pytest.mark.parametrize("sides", [(1, WORLD), (WORLD, 1)], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    ["replicated, then sharded", "sharded, then replicated", "sharded twice", "replicated"],
+)
+def test_meshes_of_two_dimensions_step_as_one_process(processes, name, sides):
+    want = _train_on_a_grid(lambda x: x.clone())
+    for found in processes:
+        torch.testing.assert_close(found[name, sides], want, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP2"])

@@ -37,6 +37,13 @@ def check_not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be at least 0 and finite, got {value}")
 
 
+def check_finite(name: str, value: float) -> None:
+    """Raise unless ``value`` is a finite number."""
+    _check_number(name, value)
+    if not float("-inf") < value < float("inf"):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -126,3 +133,14 @@ def check_values(condition: Tensor, message: Callable[[], str]) -> None:
             raise ValueError(message())
     else:
         torch._assert_async(condition, "a value is not finite or out of range")
+
+
+def check_labels(name: str, labels: Tensor, size: int) -> None:
+    """Raise unless ``labels`` is a vector of ``size`` integers."""
+    check_tensor(name, labels)
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"{name} must be integers, got {labels.dtype}")
+    if labels.dtype == torch.bool or labels.dim() != 1 or labels.shape[0] != size:
+        raise ValueError(
+            f"{name} must be integers of shape [{size}], got {labels.dtype} of {list(labels.shape)}"
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -33,11 +34,7 @@ class ActivationTap:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        modules = dict(model.named_modules())
-        for name in names:
-            if name not in modules:
-                raise ValueError(f"tap names no submodule of the model, got {name!r}")
-        self._modules = {name: modules[name] for name in names}
+        self._modules = _submodules(model, names)
         self._handles: list[Any] = []
         self._outputs: dict[str, Any] = {}
 
@@ -66,9 +63,50 @@ class ActivationTap:
 
     def __getitem__(self, name: str) -> Tensor:
         """Return the last output of a tapped submodule."""
-        if name not in self._outputs:
-            raise ValueError(f"tap {name!r} did not run")
-        output = self._outputs[name]
-        if not isinstance(output, Tensor):
-            raise ValueError(f"tap {name!r} must return a tensor, got {type(output).__name__}")
-        return output
+        return _tensor(self._outputs, name)
+
+
+class StandingTap:
+    """Hooks on named submodules that stand for good and listen during :meth:`run` alone.
+
+    ``torch.compile`` traces through it, where hooks that come and go break the graph, and a model
+    is copied and pickled together with it. Otherwise as :class:`ActivationTap`.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        self._listening = False
+        self._outputs: dict[str, Any] = {}
+        for name, module in _submodules(model, names).items():
+            module.register_forward_hook(functools.partial(self._keep, name))
+
+    def run(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """Return what ``call`` returns, and what the submodules returned meanwhile."""
+        self._listening = True
+        try:
+            result = call(*args, **kwargs)
+            return result, [_tensor(self._outputs, name) for name in self._names]
+        finally:
+            self._listening = False
+            self._outputs.clear()
+
+    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._listening:
+            self._outputs[name] = output
+
+
+def _submodules(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())
+    for name in names:
+        if name not in modules:
+            raise ValueError(f"tap names no submodule of the model, got {name!r}")
+    return {name: modules[name] for name in names}
+
+
+def _tensor(outputs: dict[str, Any], name: str) -> Tensor:
+    if name not in outputs:
+        raise ValueError(f"tap {name!r} did not run")
+    output = outputs[name]
+    if not isinstance(output, Tensor):
+        raise ValueError(f"tap {name!r} must return a tensor, got {type(output).__name__}")
+    return output

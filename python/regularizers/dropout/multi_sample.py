@@ -16,11 +16,10 @@ from regularizers._shared.checks import (
     check_probability,
     check_tensor,
 )
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers._shared.scheduled import ScheduledModule
 from regularizers.ops.dropout import dropout_samples
 from regularizers.ops.masked_linear_cross_entropy import (
-    REDUCTIONS,
-    Reduction,
     multi_sample_dropout_cross_entropy,
 )
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +11,10 @@ from torch import Tensor
 from regularizers._shared.checks import (
     check_floating,
     check_one_of,
-    check_same_device,
-    check_same_dtype,
-    known_range,
 )
+from regularizers._shared.flow_path import PATHS, Path, on_path
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers.ops._operator import loss_dtype
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
-
-Path = Literal["linear", "cosine"]
-_PATHS: tuple[str, ...] = get_args(Path)
 
 
 def flow_matching_loss(
@@ -85,7 +79,7 @@ def flow_matching_loss(
         here.
     """
     check_floating("data", data)
-    check_one_of("path", path, _PATHS)
+    check_one_of("path", path, PATHS)
     check_one_of("reduction", reduction, REDUCTIONS)
     if data.dim() < 1:
         raise ValueError("data must have shape [batch, ...], got no dimensions")
@@ -95,12 +89,7 @@ def flow_matching_loss(
         noise = torch.randn(data.shape, dtype=data.dtype, device=data.device, generator=generator)
     if t is None:
         t = torch.rand(len(data), dtype=data.dtype, device=data.device, generator=generator)
-    _check("noise", noise, data, tuple(data.shape))
-    _check("t", t, data, (len(data),))
-    times = known_range(t.detach())
-    if times is not None and not (times[0] >= 0 and times[1] <= 1):
-        raise ValueError(f"t must lie in [0, 1], got values from {times[0]} to {times[1]}")
-    x_t, velocity = _on_path(data, noise, t.view(-1, *[1] * (data.dim() - 1)), path)
+    x_t, velocity = on_path(data, noise, t, path)
     predicted = velocity_fn(x_t, t) if cond is None else velocity_fn(x_t, t, cond)
     if predicted.shape != data.shape:
         raise ValueError(
@@ -112,20 +101,3 @@ def flow_matching_loss(
     if reduction == "none":
         return squares.to(loss_dtype(data))
     return (squares.mean() if reduction == "mean" else squares.sum()).to(loss_dtype(data))
-
-
-def _on_path(data: Tensor, noise: Tensor, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
-    """Return the point at time t and its velocity."""
-    if path == "linear":
-        return (1 - t) * data + t * noise, noise - data
-    angle = math.pi / 2 * t
-    cosine, sine = angle.cos(), angle.sin()
-    return cosine * data + sine * noise, math.pi / 2 * (cosine * noise - sine * data)
-
-
-def _check(name: str, tensor: Tensor, data: Tensor, shape: tuple[int, ...]) -> None:
-    check_floating(name, tensor)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-    check_same_dtype(name, tensor, "data", data)
-    check_same_device(name, tensor, "data", data)

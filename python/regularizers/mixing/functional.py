@@ -22,8 +22,8 @@ from regularizers._shared.checks import (
     check_tensor,
 )
 from regularizers._shared.randomness import check_caller_draws
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops._operator import accumulate_dtype, loss_dtype
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.ops.mix import mix, row_weights
 
 __all__ = ["MixBatch", "mix", "mixed_cross_entropy", "sample_lambda", "softmax_consistency"]
@@ -406,10 +406,3 @@ def softmax_consistency(
         log_a, log_b = (F.log_softmax(z, -1, dtype=wide) for z in (logits_a, logits_b))
         rows = F.kl_div(log_a, log_b, reduction="none", log_target=True).mean(-1)
     return reduce_rows(rows, reduction).to(loss_dtype(logits_a))
-
-
-def reduce_rows(rows: Tensor, reduction: Reduction) -> Tensor:
-    """Reduce one loss a row."""
-    if reduction == "none":
-        return rows
-    return rows.mean() if reduction == "mean" else rows.sum()

@@ -5,8 +5,11 @@ from regularizers.ops.code_search import nearest_code, sample_code
 from regularizers.ops.decay import decay_amount, decoupled_adam_, stochastic_round
 from regularizers.ops.drop_block import drop_block
 from regularizers.ops.dropout import dropout_samples
+from regularizers.ops.gradient_gate import gradient_gate
 from regularizers.ops.masked_linear_cross_entropy import multi_sample_dropout_cross_entropy
+from regularizers.ops.mini_float import mini_float_bias, mini_float_pack, mini_float_unpack
 from regularizers.ops.mix import mix, paste_boxes
+from regularizers.ops.neighbours import nearest_neighbour
 from regularizers.ops.nested import prefix_linear
 from regularizers.ops.pairwise import (
     FalselyNear,
@@ -51,9 +54,14 @@ __all__ = [
     "dropout_samples",
     "expected_prefix_cross_entropy",
     "gathered_attention",
+    "gradient_gate",
+    "mini_float_bias",
+    "mini_float_pack",
+    "mini_float_unpack",
     "mix",
     "multi_sample_dropout_cross_entropy",
     "nearest_code",
+    "nearest_neighbour",
     "pairwise_logsumexp",
     "paste_boxes",
     "philox_4x32",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from regularizers._shared.checks import (
     check_tensor,
 )
 from regularizers._shared.randomness import draw_seed
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers._shared.scheduled import scheduled
 from regularizers.ops._operator import (
     Operator,
@@ -29,8 +30,6 @@ from regularizers.ops._operator import (
 )
 from regularizers.ops.philox import dropout_mask
 
-Reduction = Literal["mean", "sum", "none"]
-REDUCTIONS = ("none", "mean", "sum")  # the place is the number that kernels take
 _NONE, _MEAN, _SUM = range(3)
 # Bits of the operator's `gradients`: which gradients the forward pass of a scalar loss is to leave
 # behind.

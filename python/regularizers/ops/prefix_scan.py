@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from regularizers._shared.checks import (
     check_tensor,
     known_range,
 )
+from regularizers._shared.reductions import Reduction
 from regularizers.ops._operator import (
     Operator,
     accumulate_dtype,
@@ -25,8 +26,6 @@ from regularizers.ops._operator import (
     transformed,
 )
 from regularizers.ops.nested import check_linear
-
-Reduction = Literal["none", "mean", "sum"]
 
 
 def prefix_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

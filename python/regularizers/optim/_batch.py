@@ -122,6 +122,32 @@ class Batch:
         return self._table
 
 
+def over_shards(
+    values: Sequence[Tensor], params: Sequence[Any], *, largest: bool = False
+) -> list[Tensor]:
+    """Return sums, or largest values, over the shards of DTensors; values of others as they are.
+
+    One all-reduce of one vector for each mesh dimension; ``values`` have one shape and belong to
+    ``params`` one to one.
+    """
+    found = list(values)
+    by_mesh: dict[Any, list[int]] = {}
+    for i, param in enumerate(params):
+        if hasattr(param, "device_mesh"):
+            by_mesh.setdefault(param.device_mesh, []).append(i)
+    for mesh, members in by_mesh.items():
+        for dimension in range(mesh.ndim):
+            shared = [i for i in members if params[i].placements[dimension].is_shard()]
+            if shared:
+                vector = torch.stack([found[i] for i in shared])
+                kinds = torch.distributed.ReduceOp
+                operation = kinds.MAX if largest else kinds.SUM
+                torch.distributed.all_reduce(vector, operation, group=mesh.get_group(dimension))
+                for i, value in zip(shared, vector.unbind(), strict=True):
+                    found[i] = value.to(found[i].dtype)
+    return found
+
+
 def global_sums(batches: Sequence[Batch]) -> None:
     """Add up ``sums`` over the shards of DTensors: one all-reduce of one vector a mesh dimension.
 

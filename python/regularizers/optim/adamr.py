@@ -137,7 +137,7 @@ class AdamR(DecoupledOptimizer):
             for state, own in zip(batch.states, batch.sums.clone().unbind(), strict=True):
                 state.setdefault(SUM, own)
             batch.vectors.pop(SUM, None)
-        scale = getattr(self, "grad_scale", None)
+        scale = None if self._transforms() else getattr(self, "grad_scale", None)
         for batch in batches:
             # Summed in float32: with float64 as their dtype norms would first copy the gradients.
             wide = accumulate_dtype(batch.dtype)

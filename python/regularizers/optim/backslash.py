@@ -18,7 +18,8 @@ from regularizers._shared.checks import (
     check_values,
 )
 from regularizers.ops._operator import accumulate_dtype
-from regularizers.optim.generalized_gaussian import check_shape_parameter, fit_ratio
+from regularizers.optim._batch import local, over_shards
+from regularizers.optim.generalized_gaussian import check_shape_parameter, fit_moments
 
 FORMS = ("power", "nll")
 
@@ -70,7 +71,8 @@ def rate_penalty(
     """
     tensors = _checked(params, shape, form, eps)
     count = sum(w.numel() for w in tensors)
-    total = sum((_cost(w, shape, form, eps) for w in _not_zero(tensors)), start=_zero(tensors))
+    laws = _laws(tensors, shape, form)
+    total = sum((_cost(w, nu, alpha, form, eps) for w, nu, alpha in laws), start=_zero(tensors))
     return total / max(count, 1)
 
 
@@ -85,7 +87,8 @@ class BackSlash:
     epochs with it, then some without, as the paper does.
 
     Args:
-        params: the tensors to shrink; usually weight matrices, not biases and norms.
+        params: the tensors to shrink; usually weight matrices, not biases and norms. DTensors are
+            stepped on their shards, by the law of the whole tensor.
         strength: :math:`\lambda`, at least 0. R is a mean, so it is of the order of N times a
             weight decay.
         shape: as for :func:`rate_penalty`.
@@ -117,7 +120,7 @@ class BackSlash:
         eps: float = 1e-8,
     ) -> None:
         check_not_negative("strength", strength)
-        self.params = _checked(params, shape, form, eps, finite=False)
+        self.params = _checked(params, shape, form, eps)
         self.strength = strength
         self.shape = shape
         self.form = form
@@ -132,18 +135,18 @@ class BackSlash:
         """
         if not isinstance(lr, Tensor):
             check_not_negative("lr", lr)
-        _check_finite(self.params)
+        laws = _laws(self.params, self.shape, self.form)
         scale = lr * self.strength / max(sum(p.numel() for p in self.params), 1)
-        for p in _not_zero(self.params):
-            wide = p.to(accumulate_dtype(p.dtype))
+        for p, nu, alpha in laws:
+            shard = local(p)
+            wide = shard.to(accumulate_dtype(p.dtype))
             size = wide.abs()
-            nu, alpha = _law(p, self.shape, self.form)
             slope = nu * (size + _offset(nu, self.eps)) ** (nu - 1)
             if self.form == "nll":
                 slope = slope / (alpha**nu * math.log(2))
             # At nu < 1 the slope of an entry that is 0 is finite, and the minimum keeps it there.
             amount = torch.minimum(torch.as_tensor(scale).to(slope) * slope, size)
-            p.copy_(wide - wide.sign() * amount)
+            shard.copy_(wide - wide.sign() * amount)
 
 
 def _checked(
@@ -151,7 +154,6 @@ def _checked(
     shape: float | str,
     form: str,
     eps: float,
-    finite: bool = True,
 ) -> list[Tensor]:
     tensors = [params] if isinstance(params, Tensor) else list(params)
     if not tensors:
@@ -164,28 +166,58 @@ def _checked(
         check_shape_parameter(shape)
     check_one_of("form", form, FORMS)
     check_positive("eps", eps)
-    if finite:
-        _check_finite(tensors)
     return tensors
 
 
-def _check_finite(tensors: list[Tensor]) -> None:
-    for tensor in tensors:
-        if tensor.numel():
-            sound = tensor.detach().abs().amax().isfinite()
-            check_values(sound, lambda: "params must be finite, got NaN or infinity")
+@torch.no_grad()
+def _laws(
+    tensors: list[Tensor], shape: float | str, form: str
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return the tensors that are not zero, each with shape and scale of its own.
 
-
-def _not_zero(tensors: list[Tensor]) -> list[Tensor]:
+    DTensors get the law of the whole tensor: two all-reduces, whatever their number.
+    """
+    shards = [local(w.detach()) for w in tensors]
+    # Infinity in place of NaN, for a maximum over processes may overlook it.
+    sizes = [shard.abs().amax() if shard.numel() else shard.new_zeros(()) for shard in shards]
+    sizes = [size.to(accumulate_dtype(size.dtype)) for size in sizes]
+    sizes = [torch.where(size.isfinite(), size, math.inf) for size in sizes]
+    sizes = over_shards(sizes, tensors, largest=True)
+    for size in sizes:
+        check_values(size.isfinite(), lambda: "params must be finite, got NaN or infinity")
+    sums = [_sums(shard, size, shape, form) for shard, size in zip(shards, sizes, strict=True)]
+    if isinstance(shape, str) or form == "nll":
+        sums = over_shards(sums, tensors)
     kept = []
-    for tensor in tensors:
-        visible = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-        if tensor.numel() == 0 or (visible and not bool(tensor.detach().any())):
-            shape = list(tensor.shape)
-            warnings.warn(f"a parameter of shape {shape} is empty or zero: skipped", stacklevel=3)
+    for w, size, total in zip(tensors, sizes, sums, strict=True):
+        visible = size.device.type == "cpu" and not torch.compiler.is_compiling()
+        if w.numel() == 0 or (visible and not bool(size)):
+            text = f"a parameter of shape {list(w.shape)} is empty or zero: skipped"
+            warnings.warn(text, stacklevel=3)
         else:
-            kept.append(tensor)
+            kept.append((w, *_law(size, total / w.numel(), shape)))
     return kept
+
+
+def _sums(shard: Tensor, largest: Tensor, shape: float | str, form: str) -> Tensor:
+    """Return what the law of a tensor is made of, summed over a shard: ``[2]``."""
+    shard = shard.to(largest.dtype).abs()
+    if isinstance(shape, str):
+        unit = shard / torch.where(largest > 0, largest, 1)  # squares of tiny weights underflow
+        return torch.stack([unit.sum(), unit.square().sum()])
+    # The scale is needed for the code length alone.
+    power = (shard**shape).sum() if form == "nll" else shard.new_ones(())
+    return torch.stack([power, power])
+
+
+def _law(largest: Tensor, means: Tensor, shape: float | str) -> tuple[Tensor, Tensor]:
+    """Return shape and scale of one tensor, in the type that its penalty is computed in."""
+    if isinstance(shape, str):
+        nu, alpha = fit_moments(largest, means[0], means[1])
+    else:
+        nu = torch.full_like(largest, shape)
+        alpha = (nu * means[0]) ** (1 / nu)  # the most likely scale of the given shape
+    return nu.to(largest.dtype), alpha.to(largest.dtype).clamp(min=torch.finfo(largest.dtype).tiny)
 
 
 def _zero(tensors: list[Tensor]) -> Tensor:
@@ -197,8 +229,7 @@ def _offset(nu: Tensor, eps: float) -> Tensor:
     return torch.where(nu < 1, eps, 0.0).to(nu.dtype)
 
 
-def _cost(w: Tensor, shape: float | str, form: str, eps: float) -> Tensor:
-    nu, alpha = _law(w, shape, form)
+def _cost(w: Tensor, nu: Tensor, alpha: Tensor, form: str, eps: float) -> Tensor:
     offset = _offset(nu, eps)
     size = w.to(accumulate_dtype(w.dtype)).abs()
     if form == "power":
@@ -206,17 +237,3 @@ def _cost(w: Tensor, shape: float | str, form: str, eps: float) -> Tensor:
     nats = (((size + offset) / alpha) ** nu - (offset / alpha) ** nu).sum()
     constant = (2 * alpha / nu).log() + torch.lgamma(1 / nu)
     return (nats + w.numel() * constant) / math.log(2)
-
-
-@torch.no_grad()
-def _law(w: Tensor, shape: float | str, form: str) -> tuple[Tensor, Tensor]:
-    """Return shape and scale of one tensor, in the type that its penalty is computed in."""
-    dtype = accumulate_dtype(w.dtype)
-    if isinstance(shape, str):
-        nu, alpha = fit_ratio(w)
-    else:
-        nu = torch.full((), shape, dtype=dtype, device=w.device)
-        alpha = nu
-        if form == "nll":  # the most likely scale of the given shape
-            alpha = (nu * (w.to(dtype).abs() ** nu).mean()) ** (1 / nu)
-    return nu.to(dtype), alpha.to(dtype).clamp(min=torch.finfo(dtype).tiny)

@@ -109,7 +109,10 @@ class DecoupledOptimizer(Optimizer):
         super().__init__(params, {**known, **defaults})
 
     def transform_grad(self, p: Tensor, grad: Tensor, group: Group) -> Tensor:
-        """Return the gradient that the moments see; never write into ``grad``."""
+        """Return the gradient that the moments see; never write into ``grad``.
+
+        It comes in full precision, without the factor of a ``GradScaler``, negated to climb.
+        """
         return grad
 
     def update_moments(self, p: Tensor, grad: Tensor, state: State, group: Group) -> None:
@@ -176,10 +179,10 @@ class DecoupledOptimizer(Optimizer):
         """Add what the states of a batch lack, before the step; called where the batch is new."""
         for param, state in zip(batch.params, batch.states, strict=True):
             group, wide = batch.group, accumulate_dtype(param.dtype)
-            # Torch keeps `step` in float32; it is exact up to 2^24.
-            if not isinstance(state.get("step"), Tensor):
-                step = float(state.get("step", 0.0))
-                state["step"] = torch.tensor(step, dtype=torch.float32, device=param.device)
+            # In float32, exact up to 2^24; torch's is float64 where that is the default dtype.
+            step = torch.as_tensor(state.get("step", 0.0))
+            if step is not state.get("step") or step.dtype != torch.float32:
+                state["step"] = step.detach().to(param.device, torch.float32, copy=True)
             for name in ("exp_avg", "exp_avg_sq"):
                 if name not in state:
                     state[name] = zeros_beside(param, wide)
@@ -275,12 +278,14 @@ class DecoupledOptimizer(Optimizer):
     def _step_fused(self, batch: Batch, found_inf: Tensor | None) -> None:
         group, device = batch.group, batch.device
         grads = self._shards_of_grads(batch)
+        as_seen = self._transforms()  # unscaled and turned around already
         beta1, beta2 = group["betas"]
         scalars = [
             as_scalar(value, device)
             for value in (group["lr"], self.decay_strength(group), beta1, beta2)
         ]
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        maximize = group["maximize"] and not as_seen
+        grad_scale: Tensor | None = None if as_seen else getattr(self, "grad_scale", None)
         if grad_scale is not None:
             grad_scale = grad_scale.to(device, torch.float32)
         seed = None
@@ -306,7 +311,7 @@ class DecoupledOptimizer(Optimizer):
                 decay_first=first,
                 deltas=deltas,
                 sums=sums,
-                maximize=group["maximize"],
+                maximize=maximize,
                 bias_correction=group["bias_correction"],
                 grad_scale=grad_scale,
                 found_inf=found_inf,
@@ -329,17 +334,28 @@ class DecoupledOptimizer(Optimizer):
             PENALTIES.index(self.penalty_of(group)),
             prox,
             first,
-            group["maximize"],
+            maximize,
             group["bias_correction"],
         )
         torch.autograd.graph.increment_version(batch.params)
 
+    def _transforms(self) -> bool:
+        return type(self).transform_grad is not DecoupledOptimizer.transform_grad
+
+    def _seen(self, grad: Tensor, param: Tensor, group: Group) -> Tensor:
+        """Return what ``transform_grad`` makes of a gradient: in full precision and unscaled."""
+        grad = grad.to(accumulate_dtype(param.dtype))
+        grad = -grad if group["maximize"] else grad
+        scale = getattr(self, "grad_scale", None)
+        grad = grad if scale is None else grad / scale.to(grad.device)
+        return self.transform_grad(param, grad, group)
+
     def _shards_of_grads(self, batch: Batch) -> list[Tensor]:
-        """Return transformed local gradients in the dtype of the parameters."""
+        """Return local gradients in the dtype of the parameters, transformed by the hook."""
         grads = batch.grads
-        if type(self).transform_grad is not DecoupledOptimizer.transform_grad:
+        if self._transforms():
             grads = [
-                self.transform_grad(param, grad, batch.group)
+                self._seen(grad, param, batch.group)
                 for param, grad in zip(batch.params, grads, strict=True)
             ]
         if batch.sharded:
@@ -354,7 +370,6 @@ class DecoupledOptimizer(Optimizer):
         """Step one parameter after the other by the hooks."""
         group = batch.group
         lr = as_scalar(group["lr"], batch.device)
-        scale = getattr(self, "grad_scale", None)
         seed = None
         if batch.dtype == torch.bfloat16 and group["rounding"] == "stochastic":
             seed = draw_seed(None, None, batch.params[0])
@@ -364,12 +379,7 @@ class DecoupledOptimizer(Optimizer):
             wide = accumulate_dtype(param.dtype)
             # Not Tensor.detach(): hooks may know a parameter by its identity.
             p = state["master"] if "master" in state else param.to(wide)
-            grad = raw.to(wide)
-            if group["maximize"]:
-                grad = -grad
-            if scale is not None:
-                grad = grad / scale.to(grad.device)
-            grad = self.transform_grad(param, grad, group)
+            grad = self._seen(raw, param, group)
             self.update_moments(p, grad, state, group)
             direction = self.direction(p, grad, state, group)
             reference = p.clone() if group["decay_order"] == "before" else p

@@ -286,9 +286,13 @@ def fit_ratio(w: Tensor) -> tuple[Tensor, Tensor]:
     size = w.detach().abs().to(accumulate_dtype(w.dtype))
     largest = size.amax()
     size = size / torch.where(largest > 0, largest, 1)  # squares of tiny weights underflow
-    wide = torch.float32 if w.device.type == "mps" else torch.float64
-    mean = size.mean().to(wide)
-    square = size.square().mean().to(wide)
+    return fit_moments(largest, size.mean(), size.square().mean())
+
+
+def fit_moments(largest: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit to the largest size, and to means of sizes and their squares relative to it."""
+    wide = torch.float32 if largest.device.type == "mps" else torch.float64
+    mean, square = mean.to(wide), square.to(wide)
     log_ratio = torch.where(mean > 0, (square / mean.square()).log(), 0)
     nu = _invert_ratio(log_ratio)
     return nu, square.sqrt() * alpha_of_unit_variance(nu) * largest.to(wide)

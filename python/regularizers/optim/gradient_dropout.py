@@ -8,19 +8,16 @@ import torch
 from torch import Tensor
 
 from regularizers._shared.checks import (
-    check_at_least,
     check_floating,
     check_not_negative,
     check_positive,
     check_probability,
-    check_same_device,
-    check_same_dtype,
     check_tensor,
 )
 from regularizers._shared.randomness import draw_seed
-from regularizers._shared.scheduled import known_zero, scheduled
-from regularizers.ops._operator import accumulate_dtype, transformed
-from regularizers.ops.philox import PHILOX_WORDS, WORDS_PER_CALL, philox_words
+from regularizers._shared.scheduled import known_zero
+from regularizers.ops._operator import accumulate_dtype
+from regularizers.ops.gradient_gate import agreement, check_gradients, gradient_gate
 
 
 def keep_probability(g_task: Tensor, g_reg: Tensor, *, eps: float = 1e-8) -> Tensor:
@@ -54,14 +51,9 @@ def keep_probability(g_task: Tensor, g_reg: Tensor, *, eps: float = 1e-8) -> Ten
     Source:
         As :func:`gradient_dropout`.
     """
-    _check_pair(g_task, g_reg)
+    check_gradients(g_task, g_reg)
     check_not_negative("eps", eps)
-    dtype = accumulate_dtype(g_task.dtype)
-    task, reg = g_task.detach().to(dtype), g_reg.detach().to(dtype)
-    # In place: memory traffic is all that this costs.
-    size = task.abs()
-    agreement = task.sign().mul_(reg).add_(size).div_(size.add_(reg.abs()).add_(eps))
-    return agreement.nan_to_num_(1.0).mul_(0.5).add_(0.5)
+    return agreement(g_task.detach(), g_reg.detach(), eps)
 
 
 def gradient_dropout(
@@ -111,41 +103,13 @@ def gradient_dropout(
         "Regularized Mask Tuning", 2023, arXiv 2307.15049; formula of the authors' code
         (wuw2019/R-AMT), whose random numbers are torch's.
     """
-    _check_pair(g_task, g_reg)
-    check_not_negative("eps", eps)
-    check_at_least("stream", stream, 0)
-    strength = scheduled("drop_strength", drop_strength, g_task, check_probability)
-    bits = draw_seed(seed, generator, g_task)
     if known_zero(drop_strength):
+        check_gradients(g_task, g_reg)
+        check_not_negative("eps", eps)
         return g_task
-    probability = keep_probability(g_task, g_reg, eps=eps)
-    keep = _uniform(probability, bits, stream) < probability
-    # Selected, so that an infinite entry that is dropped entirely gives 0 and not NaN.
-    if not isinstance(drop_strength, Tensor) and drop_strength == 1:
-        return torch.where(keep, g_task, 0)
-    return torch.where(keep, g_task, torch.where(strength < 1, g_task * (1 - strength), 0))
-
-
-def _uniform(like: Tensor, seed: Tensor, stream: int) -> Tensor:
-    """Return multiples of 2^-24 in [0, 1), the upper bits of one word an element, row-major."""
-    if transformed():
-        upper = philox_words(seed, like.numel(), stream=stream) >> 8
-    else:
-        calls = -(-like.numel() // WORDS_PER_CALL)
-        # Bit patterns: the shift of a negative number would bring ones in from the left.
-        upper = (PHILOX_WORDS(seed, 0, calls, stream, 0)[: like.numel()] >> 8) & 0xFFFFFF
-    return upper.reshape(like.shape).to(like.dtype) * 2.0**-24
-
-
-def _check_pair(g_task: Tensor, g_reg: Tensor) -> None:
-    check_floating("g_task", g_task)
-    check_floating("g_reg", g_reg)
-    if g_reg.shape != g_task.shape:
-        raise ValueError(
-            f"g_reg must have the shape of g_task {list(g_task.shape)}, got {list(g_reg.shape)}"
-        )
-    check_same_dtype("g_reg", g_reg, "g_task", g_task)
-    check_same_device("g_reg", g_reg, "g_task", g_task)
+    return gradient_gate(
+        g_task, g_reg, drop_strength, eps=eps, stream=stream, seed=seed, generator=generator
+    )
 
 
 class GradientDropout:

@@ -18,10 +18,10 @@ from regularizers._shared.checks import (
     check_positive,
     check_probability,
 )
+from regularizers._shared.reductions import Reduction
 from regularizers.ops._operator import accumulate_dtype
 
 Average = Literal["logits", "probs"]
-Reduction = Literal["mean", "sum", "none"]
 
 
 class LocalOptimum(NamedTuple):

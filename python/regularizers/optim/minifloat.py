@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
-from regularizers._shared.checks import (
-    check_at_least,
-    check_floating,
-    check_same_device,
-    check_tensor,
-    check_values,
+from regularizers._shared.checks import check_at_least, check_floating
+from regularizers.ops.mini_float import (
+    LARGEST_BIAS,
+    all_values,
+    check_bytes,
+    check_format,
+    mini_float_bias,
+    mini_float_pack,
+    mini_float_unpack,
+    usual_bias,
 )
 
-NARROWEST, WIDEST = 2, 8
-LARGEST_BIAS = 500  # beyond the exponents of float32, and powers of two up to here are float64
+
+class Kind(TypedDict):
+    """The switches of a format, as the operators take them."""
+
+    signed: bool
+    has_inf_nan: bool
 
 
 class MiniFloat:
@@ -71,14 +81,7 @@ class MiniFloat:
         signed: bool = True,
         has_inf_nan: bool = False,
     ) -> None:
-        check_at_least("exp_bits", exp_bits, 1 + has_inf_nan)
-        check_at_least("man_bits", man_bits, 0 + has_inf_nan)
-        bits = int(signed) + exp_bits + man_bits
-        if not NARROWEST <= bits <= WIDEST:
-            raise ValueError(
-                f"exp_bits and man_bits must come to {NARROWEST} to {WIDEST} bits with the sign, "
-                f"got {bits}"
-            )
+        bits = check_format(exp_bits, man_bits, signed, has_inf_nan)
         if bias is not None:
             check_at_least("bias", bias, -LARGEST_BIAS)
             if bias > LARGEST_BIAS:
@@ -89,8 +92,6 @@ class MiniFloat:
         self.signed = signed
         self.has_inf_nan = has_inf_nan
         self.bits = bits
-        self._infinity = (2**exp_bits - 1) << man_bits  # the code, where there is one
-        self._largest = (self._infinity if has_inf_nan else 2 ** (bits - signed)) - 1
 
     def __repr__(self) -> str:
         inside = f"exp_bits={self.exp_bits}, man_bits={self.man_bits}, bias={self.bias}"
@@ -105,19 +106,10 @@ class MiniFloat:
         Returns:
             A tensor with no dimensions, int32, on the device of ``x``.
         """
+        if self.bias is None:
+            return mini_float_bias(x, self.exp_bits, has_inf_nan=self.has_inf_nan)
         check_floating("x", x)
-        default = 2 ** (self.exp_bits - 1) - 1
-        fixed = default if self.bias is None else self.bias
-        if self.bias is not None or x.numel() == 0:
-            return torch.full((), fixed, dtype=torch.int32, device=x.device)
-        size = x.detach().abs()
-        size = torch.where(size.isfinite(), size, 0)
-        largest = size.amax().double()
-        # The exponent of the largest entry, 2^e <= largest < 2^(e + 1), in the top binade.
-        exponent = torch.frexp(largest).exponent - 1
-        bias = (2**self.exp_bits - 1 - int(self.has_inf_nan)) - exponent
-        fitted: Tensor = torch.where(largest > 0, bias, default)
-        return fitted.clamp(-LARGEST_BIAS, LARGEST_BIAS).int()
+        return torch.full((), self.bias, dtype=torch.int32, device=x.device)
 
     def encode(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Round to the nearest number of the format and return its code.
@@ -134,81 +126,44 @@ class MiniFloat:
             ValueError: ``x`` is not finite and the format has no infinities.
         """
         check_floating("x", x)
-        if not self.has_inf_nan and x.numel():
-            check_values(x.isfinite().all(), lambda: "x must be finite, got NaN or infinity")
-        bias = self._bias(bias, x)
-        # All steps are exact in float64 but the one rounding.
-        size = x.detach().double().abs()
-        negative = torch.signbit(x.detach())
-        if not self.signed:
-            size = torch.where(negative, 0, size)
-        least = 1 - bias.double()
-        exponent = (torch.frexp(size).exponent - 1).double().maximum(least)
-        exponent = torch.where(size > 0, exponent, least)  # frexp gives 0 the exponent 0
-        base = (exponent - least) * 2**self.man_bits
-        steps = size * torch.exp2(self.man_bits - exponent)
-        # 2^M codes a binade; a mantissa that rounds up to 2 carries into the next by itself.
-        if self.man_bits > 0:
-            code = base + torch.round(steps)
-        else:  # every other binade begins at an odd code, which ties must know of
-            odd = base % 2
-            code = base + odd + torch.round(steps - odd)
-        if self.has_inf_nan:
-            code = code.clamp(max=self._infinity)
-            code = torch.where(size.isinf(), self._infinity, code)
-            code = torch.where(size.isnan(), self._infinity + 1, code)
-        else:
-            code = code.clamp(max=self._largest)
-        if self.signed:
-            code = code + negative * 2 ** (self.bits - 1)
-        codes: Tensor = code.to(torch.uint8)
-        return codes
+        bias = self.bias_for(x) if bias is None else _as_bias(bias, x)
+        return mini_float_pack(x, bias, *self._bits, dense=False, **self._kind)
 
     def values(self, bias: int | Tensor | None = None) -> Tensor:
         """Return the numbers of all codes, ``[2^bits]``, float32, in the order of the codes."""
         if bias is None:
-            bias = 2 ** (self.exp_bits - 1) - 1 if self.bias is None else self.bias
-        bias = torch.as_tensor(bias)
-        code = torch.arange(2**self.bits, device=bias.device)
-        field = (code >> self.man_bits) & (2**self.exp_bits - 1)
-        mantissa = (code & (2**self.man_bits - 1)).double()
-        significand = mantissa + (field > 0) * 2**self.man_bits
-        exponent = field.clamp(min=1) - self.man_bits - bias
-        value = significand * torch.exp2(exponent.double())
-        if self.has_inf_nan:
-            special = torch.where(mantissa > 0, torch.nan, torch.inf)
-            value = torch.where(field == 2**self.exp_bits - 1, special, value)
-        if self.signed:
-            value = torch.where(code >> (self.bits - 1) > 0, -value, value)
-        numbers: Tensor = value.float()
-        return numbers
+            bias = usual_bias(self.exp_bits) if self.bias is None else self.bias
+        return all_values(torch.as_tensor(bias), *self._bits, **self._kind)
 
-    def decode(self, codes: Tensor, bias: int | Tensor | None = None) -> Tensor:
+    def decode(
+        self,
+        codes: Tensor,
+        bias: int | Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         """Return the numbers of codes.
 
         Args:
             codes: ``[*]``, uint8, below ``2^bits``.
             bias: what they were encoded with; may be omitted where the format has its own.
+            dtype: of what is returned.
 
         Returns:
-            ``[*]``, float32.
+            ``[*]``.
 
         Raises:
             TypeError: ``codes`` is not uint8.
             ValueError: a code is out of range, or the bias is missing.
         """
-        _check_bytes("codes", codes)
-        if self.bias is None and bias is None:
-            raise ValueError("bias must be given for a format that fits it to each tensor")
-        if codes.numel():
-            in_range = codes.amax() <= 2**self.bits - 1  # 2^8 is no uint8
-            check_values(in_range, lambda: f"codes must lie below {2**self.bits}")
-        return self.values(bias).to(codes.device)[codes.long()]
+        check_bytes("codes", codes)
+        bias = self._stored_bias(bias, codes)
+        return mini_float_unpack(codes, bias, *self._bits, dense=False, dtype=dtype, **self._kind)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded to numbers of the format, in its own dtype; no gradient flows."""
         bias = self.bias_for(x)
-        return self.decode(self.encode(x, bias), bias).to(x.dtype)
+        return self.decode(self.encode(x, bias), bias, dtype=x.dtype)
 
     def pack(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode ``x`` and lay the codes out without gaps.
@@ -223,7 +178,7 @@ class MiniFloat:
             dimensions.
         """
         bias = self.bias_for(x)
-        return pack_codes(self.encode(x, bias), self.bits), bias
+        return mini_float_pack(x, bias, *self._bits, **self._kind), bias
 
     def unpack(
         self,
@@ -245,15 +200,25 @@ class MiniFloat:
             TypeError: ``packed`` is not uint8.
             ValueError: ``packed`` does not have the number of bytes that ``shape`` takes.
         """
-        codes = unpack_codes(packed, self.bits, torch.Size(shape).numel())
-        return self.decode(codes, bias).to(dtype).reshape(shape)
+        check_bytes("packed", packed)
+        bias = self._stored_bias(bias, packed)
+        return mini_float_unpack(
+            packed, bias, *self._bits, shape=tuple(shape), dtype=dtype, **self._kind
+        )
 
-    def _bias(self, bias: Tensor | None, x: Tensor) -> Tensor:
+    @property
+    def _bits(self) -> tuple[int, int]:
+        return self.exp_bits, self.man_bits
+
+    @property
+    def _kind(self) -> Kind:
+        return {"signed": self.signed, "has_inf_nan": self.has_inf_nan}
+
+    def _stored_bias(self, bias: int | Tensor | None, codes: Tensor) -> Tensor:
+        bias = self.bias if bias is None else bias
         if bias is None:
-            return self.bias_for(x)
-        check_tensor("bias", bias)
-        check_same_device("bias", bias, "x", x)
-        return bias
+            raise ValueError("bias must be given for a format that fits it to each tensor")
+        return _as_bias(bias, codes)
 
 
 class RF8(MiniFloat):
@@ -280,35 +245,8 @@ class RF8(MiniFloat):
         super().__init__(4, 3)
 
 
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Lay codes of ``bits`` bits out without gaps, lowest bits first: uint8 to uint8."""
-    codes = codes.reshape(-1)
-    if bits == 8:
-        return codes.clone()
-    n = codes.numel()
-    # Eight codes are `bits` bytes, put together in one 64-bit word.
-    words = torch.nn.functional.pad(codes, (0, -n % 8)).reshape(-1, 8).long()
-    word = (words << (bits * torch.arange(8, device=codes.device))).sum(1, keepdim=True)
-    packed = (word >> (8 * torch.arange(bits, device=codes.device))) & 255
-    return packed.to(torch.uint8).reshape(-1)[: -(-n * bits // 8)]
-
-
-def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Return ``count`` codes of ``bits`` bits that :func:`pack_codes` laid out."""
-    _check_bytes("packed", packed)
-    due = -(-count * bits // 8)
-    if packed.dim() != 1 or packed.numel() != due:
-        raise ValueError(f"packed must have shape [{due}], got {list(packed.shape)}")
-    if bits == 8:
-        return packed.clone()
-    parts = torch.nn.functional.pad(packed, (0, -due % bits)).reshape(-1, bits).long()
-    word = (parts << (8 * torch.arange(bits, device=packed.device))).sum(1, keepdim=True)
-    codes = (word >> (bits * torch.arange(8, device=packed.device))) & (2**bits - 1)
-    narrow: Tensor = codes.to(torch.uint8)
-    return narrow.reshape(-1)[:count]
-
-
-def _check_bytes(name: str, tensor: Tensor) -> None:
-    check_tensor(name, tensor)
-    if tensor.dtype != torch.uint8:
-        raise TypeError(f"{name} must be uint8, got {tensor.dtype}")
+def _as_bias(bias: int | Tensor, beside: Tensor) -> Tensor:
+    """Return a bias as the operators take it; a number goes to the device of ``beside``."""
+    if isinstance(bias, Tensor):
+        return bias if bias.is_floating_point() else bias.int()
+    return torch.full((), bias, dtype=torch.int32, device=beside.device)

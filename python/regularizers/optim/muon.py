@@ -173,7 +173,7 @@ class Muon(DecoupledOptimizer):
             return
         for param, state in zip(batch.params, batch.states, strict=True):
             wide = accumulate_dtype(param.dtype)
-            state.setdefault("step", torch.zeros((), device=param.device))
+            state.setdefault("step", torch.zeros((), dtype=torch.float32, device=param.device))
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = zeros_beside(param, wide)
             master = wide != param.dtype and batch.group["rounding"] == "master"
@@ -207,13 +207,10 @@ class Muon(DecoupledOptimizer):
         group, momentum = batch.group, batch.group["momentum"]
         params = [batch.params[i] for i in members]
         buffers = [local(batch.states[i]["momentum_buffer"]) for i in members]
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        grads = []
-        for param, i in zip(params, members, strict=True):
-            grad = batch.grads[i].to(accumulate_dtype(param.dtype))
-            grad = -grad if group["maximize"] else grad
-            grad = grad if scale is None else grad / scale.to(grad.device)
-            grads.append(local(placed_as(self.transform_grad(param, grad, group), param)))
+        grads = [
+            local(placed_as(self._seen(batch.grads[i], param, group), param))
+            for param, i in zip(params, members, strict=True)
+        ]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         ahead = torch._foreach_lerp(grads, buffers, momentum) if group["nesterov"] else buffers
         return [_placed(update, param) for update, param in zip(ahead, params, strict=True)]

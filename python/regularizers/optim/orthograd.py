@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 
 from regularizers._shared.checks import check_floating, check_not_negative, check_one_of
 from regularizers.ops._operator import accumulate_dtype
-from regularizers.optim._batch import local
+from regularizers.optim._batch import local, over_shards
 from regularizers.optim.base import placed_as
 
 Per = Literal["tensor", "row", "global"]
@@ -126,7 +126,7 @@ def _inner(xs: list[Tensor], ys: list[Tensor], params: list[Any], per: Per) -> l
     if per == "row":
         return [torch.linalg.vecdot(_as_rows(x), _as_rows(y)) for x, y in zip(xs, ys, strict=True)]
     sums = [torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(xs, ys, strict=True)]
-    sums = _over_processes(sums, params)
+    sums = over_shards(sums, params)
     if per == "global":
         dtype = max((s.dtype for s in sums), key=lambda d: d.itemsize)
         total = torch.stack([s.to(sums[0].device, dtype) for s in sums]).sum()
@@ -136,24 +136,6 @@ def _inner(xs: list[Tensor], ys: list[Tensor], params: list[Any], per: Per) -> l
 
 def _as_rows(x: Tensor) -> Tensor:
     return x.flatten(1) if x.dim() > 1 else x.view(1, -1)
-
-
-def _over_processes(sums: list[Tensor], params: list[Any]) -> list[Tensor]:
-    """Return sums over whole tensors: one all-reduce for each mesh dimension."""
-    sums = list(sums)
-    by_mesh: dict[Any, list[int]] = {}
-    for i, p in enumerate(params):
-        if hasattr(p, "device_mesh"):
-            by_mesh.setdefault(p.device_mesh, []).append(i)
-    for mesh, members in by_mesh.items():
-        for dimension in range(mesh.ndim):
-            shared = [i for i in members if params[i].placements[dimension].is_shard()]
-            if shared:
-                vector = torch.stack([sums[i] for i in shared])
-                torch.distributed.all_reduce(vector, group=mesh.get_group(dimension))
-                for i, value in zip(shared, vector.unbind(), strict=True):
-                    sums[i] = value.to(sums[i].dtype)
-    return sums
 
 
 def nlm_alignment(

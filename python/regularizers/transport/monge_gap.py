@@ -8,8 +8,8 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from regularizers._shared.checks import check_one_of
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers._shared.scheduled import ScheduledModule
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.transport._pairs import Memory
 from regularizers.transport.cost import CostFn, SqEuclidean, as_cost
 from regularizers.transport.sinkhorn import (
@@ -20,7 +20,6 @@ from regularizers.transport.sinkhorn import (
     check_solver_options,
     entropic_strength,
     masses,
-    reduced,
     scaled_pairs,
     solve,
 )
@@ -135,7 +134,7 @@ def monge_gap(
     else:
         solution = solve(pairs, weight, weight, strength, **options)
         transport = solution.objective(convention)
-    gap = reduced(displacement - transport, reduction)
+    gap = reduce_rows(displacement - transport, reduction)
     return (gap, solution) if return_output else gap
 
 

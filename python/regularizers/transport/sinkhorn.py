@@ -19,7 +19,6 @@ from regularizers._shared.checks import (
 )
 from regularizers.ops._operator import accumulate_dtype, transformed
 from regularizers.ops._sinkhorn_arguments import check_options
-from regularizers.ops.masked_linear_cross_entropy import Reduction
 from regularizers.transport._pairs import MEMORIES, SCALES, Memory, Pairs, make_pairs
 from regularizers.transport.cost import CostFn, SqEuclidean, as_cost
 
@@ -500,13 +499,6 @@ def entropic_strength(
         return strength
     with torch.no_grad():
         return strength * (pairs.mean() if relative == "mean" else pairs.std())
-
-
-def reduced(values: Tensor, reduction: Reduction) -> Tensor:
-    """Return values of a batch, their mean or their sum."""
-    if reduction == "none":
-        return values
-    return values.mean() if reduction == "mean" else values.sum()
 
 
 def _is_visible(values: Tensor) -> bool:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from regularizers._shared.checks import check_one_of
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers._shared.scheduled import ScheduledModule
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
 from regularizers.transport._pairs import Memory, Pairs, own_pairs
 from regularizers.transport.conventions import check_scaling, from_blur
 from regularizers.transport.cost import CostFn, SqEuclidean, as_cost
@@ -22,7 +22,6 @@ from regularizers.transport.sinkhorn import (
     check_solver_options,
     entropic_strength,
     masses,
-    reduced,
     scaled_pairs,
     sinkhorn,
     solve,
@@ -119,7 +118,7 @@ def sinkhorn_divergence(
     else:
         own = lambda pairs: strength  # noqa: E731
     value, _ = divergence(pairs, a, b, strength, own, static_y, offset_yy, memory, options)
-    return reduced(value, reduction)
+    return reduce_rows(value, reduction)
 
 
 def divergence(
@@ -281,7 +280,7 @@ class SinkhornDivergence(ScheduledModule):
             return sinkhorn_divergence(
                 x, y, a, b, reduction=self.reduction, **self._debiasing, **options
             )
-        return reduced(sinkhorn(x, y, a, b, **options).value, self.reduction)
+        return reduce_rows(sinkhorn(x, y, a, b, **options).value, self.reduction)
 
     def extra_repr(self) -> str:
         """Describe the configuration."""

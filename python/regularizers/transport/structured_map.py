@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regularizers._shared.checks import check_at_least, check_floating, check_one_of
 from regularizers._shared.randomness import draw_seed
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers.ops.philox import rademacher
 from regularizers.transport.cost import TICost
 

@@ -16,7 +16,7 @@ from regularizers._shared.checks import (
     check_tensor,
     known_range,
 )
-from regularizers.ops.masked_linear_cross_entropy import REDUCTIONS, Reduction
+from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers.transport.potential_flow import PotentialFlowOutput
 
 _LIKELIHOODS = ("bernoulli", "gaussian")

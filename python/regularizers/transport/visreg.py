@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from regularizers._shared.checks import check_at_least, check_not_negative
 from regularizers._shared.distributed import gather_batch
-from regularizers.ops._operator import accumulate_dtype, full_precision, loss_dtype
+from regularizers._shared.moments import covariance, off_diagonal
+from regularizers.ops._operator import accumulate_dtype, loss_dtype
 from regularizers.transport.sketching import GaussianQuantile, as_views, slices_for
 
 
@@ -321,8 +322,5 @@ def vicreg_loss(
     rows = gather_batch(z.to(accumulate_dtype(z.dtype)), process_group).flatten(0, 1)
     sigma = rows.std(0) + 1e-6
     variance = torch.relu(1 - sigma).square().mean()
-    centered = rows - rows.mean(0)
-    with full_precision(z.device):
-        c = centered.T @ centered / (rows.shape[0] - 1)
-    covariance = (c.square().sum() - c.diagonal().square().sum()) / rows.shape[1]
-    return (var_weight * variance + cov_weight * covariance).to(loss_dtype(z))
+    mixed = off_diagonal(covariance(rows)).square().sum() / rows.shape[1]
+    return (var_weight * variance + cov_weight * mixed).to(loss_dtype(z))
