@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regularizers import dropout, mixing, transport, weights
+from regularizers import dropout, information, mixing, representation, transport, weights
 from tests.fuzzing import TAME, hypothesis_draws
 from tests.harness import Sample
 from tests.test_fuzz import FUZZ, _no_hang  # noqa: F401 (a fixture)
@@ -57,6 +57,7 @@ TABLE = {
         d, transport.sigreg, num_slices=d.number(4, 1), seed=d.seed()
     ),
     "transport.visreg": lambda d: _embeddings(d, transport.visreg),
+    "transport.invariance_loss": lambda d: _embeddings(d, transport.invariance_loss),
     "transport.vicreg_loss": lambda d: _embeddings(d, transport.vicreg_loss),
     "transport.sinkhorn_divergence": lambda d: _clouds(
         d, transport.sinkhorn_divergence, epsilon=d.number(1.0, 0.5), max_iter=20
@@ -65,6 +66,47 @@ TABLE = {
         "", (d.integers(1, 50, d.size(1)).float(),), weights.class_balanced_weights
     ),
 }
+
+
+# Losses of one batch of points, and of two.
+ONE = [
+    information.ebab_edges,
+    information.metric_distances,
+    representation.attention_neg_entropy,
+    representation.dispersive_loss,
+    representation.singular_value_loss,
+    representation.spread_out_loss,
+    dropout.multi_sample_dropout,
+    transport.sliced_gaussian_wasserstein,
+]
+TWO = [
+    dropout.codebook_entropy_loss,
+    information.jensen_shannon,
+    mixing.softmax_consistency,
+    representation.batch_contrastive_loss,
+    representation.energy_distance,
+    representation.mnr_loss,
+]
+
+
+def _points(call):
+    return lambda d: Sample("", (d.tensor(d.rows(2), d.size(2)),), call)
+
+
+def _pairs(call):
+    def build(d):
+        n, features = d.rows(2), d.size(2)
+        return Sample("", (d.tensor(n, features), d.tensor(n, features)), call)
+
+    return build
+
+
+def _name(call):
+    return f"{call.__module__.split('.')[1]}.{call.__name__}"
+
+
+TABLE |= {_name(call): _points(call) for call in ONE}
+TABLE |= {_name(call): _pairs(call) for call in TWO}
 
 
 def _tensors(found):
