@@ -163,6 +163,18 @@ static inline A simplex_floor(A top, A z) {
   return top - z >= kSmallest ? top - z : kSmallest;
 }
 
+// Whether any of them is NaN. A pass of its own, in the first-level cache: `larger` loses a NaN,
+// and a comparison a lane beside it would cost the filling more.
+template <typename A>
+static inline bool has_nan(const A* score, int64_t size) {
+  bool ordered = true;
+#pragma omp simd reduction(&& : ordered)
+  for (int64_t i = 0; i < size; ++i) {
+    ordered = ordered && score[i] == score[i];
+  }
+  return !ordered;
+}
+
 // Scores from `floor` up, in order.
 template <typename A>
 static inline void filter(const Scores<A>& scores, int64_t size, A floor, Survivors<A>& kept) {
@@ -316,7 +328,7 @@ struct ColumnResult {
   double slope;  // semi-dual: beta_j = -d conjugate / d b_j; dual: the mass of the column
 };
 
-// Omega(t) = gamma / 2 |t|^2, at most k nonzeros.
+// Omega(t) = gamma / 2 |t|^2, at most k nonzeros. A NaN among the scores makes all entries NaN.
 template <typename T, typename A = Accumulate<T>>
 static inline ColumnResult quadratic_column(const TransportProblem& problem, int64_t j,
                                             const Scores<A>& scores, Survivors<A>& kept) {
@@ -327,6 +339,14 @@ static inline ColumnResult quadratic_column(const TransportProblem& problem, int
                             static_cast<const A*>(problem.alpha), shift, problem.rows, scores);
   kept.count = 0;
   ColumnResult result{0.0, 0.0};
+  if (has_nan(scores.score, problem.rows)) {
+    const double nan = __builtin_nan("");
+    for (; kept.count < problem.rows; ++kept.count) {
+      kept.value[kept.count] = static_cast<A>(nan);
+      kept.index[kept.count] = static_cast<int32_t>(kept.count);
+    }
+    return {nan, nan};
+  }
   if (dual) {
     if (!(top > 0)) {
       return result;
@@ -471,7 +491,7 @@ static void transport_sparse_plan(const TransportProblem& problem, const SparseO
     int64_t* place = indices + j * problem.k;
     for (int64_t i = 0; i < problem.k; ++i) {
       column[i] = narrow<T>(i < kept.count ? kept.value[i] : A(0));
-      place[i] = i < kept.count ? kept.index[i] : 0;
+      place[i] = i < kept.count && kept.value[i] > 0 ? kept.index[i] : 0;
     }
   }
 }
@@ -488,12 +508,7 @@ static void sparse_projection(const SparseProjection& problem, const SparseOtScr
     const T* v = static_cast<const T*>(problem.v) + row * size;
     T* out = static_cast<T*>(problem.out) + row * size;
     const A top = fill_scores(v, static_cast<const A*>(nullptr), A(0), size, scores);
-    bool ordered = true;
-#pragma omp simd reduction(&& : ordered)
-    for (int64_t i = 0; i < size; ++i) {
-      ordered = ordered && scores.score[i] == scores.score[i];
-    }
-    if (!ordered) {
+    if (has_nan(scores.score, size)) {
       for (int64_t i = 0; i < size; ++i) {
         out[i] = narrow<T>(static_cast<A>(__builtin_nan("")));
       }

@@ -324,9 +324,11 @@ static void attention_forward(const Attention& problem, void* base, int64_t begi
                    scratch.operand + r * kPanelWidth<A>);
       largest[r] = -static_cast<A>(__builtin_inf());
       sum[r] = A(0);
-      if (problem.own != nullptr && problem.own[i]) {
-        largest[r] = own_logit<T>(problem, i);
-        sum[r] = A(1);
+      const A own =
+          problem.own != nullptr && problem.own[i] ? own_logit<T>(problem, i) : largest[r];
+      if (own != largest[r]) {  // a logit of -inf hides the key
+        largest[r] = own;
+        sum[r] = A(1) + (own - own);  // NaN or an infinity shows
         const T* value = row_of<T>(problem.v, i);
         for (int64_t d = 0; d < problem.value_features; ++d) {
           scratch.result[r * scratch.value_features + d] = widen(value[d]);

@@ -310,3 +310,11 @@ def test_bad_input_names_the_argument(exception, name, call):
 
 def test_no_parameters_are_no_work():
     decoupled_adam_([], [], [], [], torch.ones(0), lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["params", "grads", "exp_avgs"])
+def test_a_list_of_numbers_is_refused_by_name(name):
+    arguments = problem(torch.float32, ((3,),))
+    arguments[name] = [1.0]
+    with pytest.raises(TypeError, match=f"{name} must be a tensor"):
+        step(None, arguments)

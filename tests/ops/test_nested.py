@@ -84,6 +84,7 @@ class TestContract(OperatorContract):
             (TypeError, "weight must", lambda: prefix_linear(x, weight.double(), bias, k)),
             (ValueError, "weight must", lambda: prefix_linear(x, weight[:, :2], bias, k)),
             (ValueError, "bias must", lambda: prefix_linear(x, weight, bias[:1], k)),
+            (TypeError, "bias must", lambda: prefix_linear(x, weight, [1.0, 2.0, 3.0], k)),
             (TypeError, "k must", lambda: prefix_linear(x, weight, bias, k.double())),
             (TypeError, "k must", lambda: prefix_linear(x, weight, bias, 1.5)),
             (ValueError, "k must", lambda: prefix_linear(x, weight, bias, 0)),

@@ -12,7 +12,7 @@ from regularizers.ops import (
 )
 from regularizers.ops.sparse_ot import DUAL, PLAN, SPARSE_PLAN
 from regularizers.ops.sparse_projection import PROJECTION, PROJECTION_BACKWARD
-from tests.harness import OperatorContract, Sample
+from tests.harness import OperatorContract, Sample, can_run, needs_kernels
 
 GAMMA = torch.tensor(0.7, dtype=torch.float64)
 
@@ -266,3 +266,42 @@ def test_a_column_without_mass_stays_empty():
         b[1] = 0
         assert (regularized_plan(alpha, cost, b, regularizer=regularizer)[1] == 0).all()
         assert all(t.isfinite().all() for t in transport_dual(alpha, cost, a, b))
+
+
+@pytest.mark.parametrize("k", [None, 1])
+@pytest.mark.parametrize("dual", [False, True])
+@needs_kernels
+def test_a_nan_among_the_scores_of_a_column_is_not_passed_over(dual, k):
+    cost = torch.zeros(2, 40)
+    cost[1, 17] = torch.nan
+    beta = torch.zeros(2) if dual else None
+    for backend in ("cpp", "reference"):
+        with regularizers.use_backend(backend):
+            plan = regularized_plan(torch.zeros(40), cost, torch.ones(2), beta, k=k)
+            values, _ = sparse_regularized_plan(
+                torch.zeros(40), cost, torch.ones(2), beta, k=k or 40
+            )
+            found = transport_dual(torch.zeros(40), cost, torch.ones(40), torch.ones(2), beta, k=k)
+        assert plan[0].isfinite().all(), backend
+        assert plan[1].isnan().all(), backend
+        assert values[1].isnan().all(), backend
+        assert found.value.isnan(), backend
+        assert found.grad_beta.isnan().tolist() == [False, True], backend
+
+
+def test_no_columns_cost_nothing():
+    alpha, cost, b = torch.ones(3), torch.ones(0, 3), torch.ones(0)
+    assert regularized_plan(alpha, cost, b).shape == (0, 3)
+    assert sparse_regularized_plan(alpha, cost, b, k=2)[0].shape == (0, 2)
+    assert transport_dual(alpha, cost, torch.ones(3), b).value == 3
+
+
+def test_vectors_without_entries_project_to_themselves():
+    for backend in filter(can_run, ("cpp", "reference")):
+        with regularizers.use_backend(backend):
+            assert sparse_projection(torch.ones(0, 8), k=1, dim=0).shape == (0, 8)
+
+
+def test_reference_projects_a_vector_with_a_nan_to_nan_for_every_k():
+    with regularizers.use_backend("reference"):
+        assert sparse_projection(torch.tensor([1.0, torch.nan, 2.0]), k=1).isnan().all()

@@ -234,3 +234,18 @@ def test_words_of_samples_are_streams():
     assert words.shape == (3, 1030)
     for stream in range(3):
         assert torch.equal(words[stream], philox_words(seed, 1030, stream=stream, step=2))
+
+
+@pytest.mark.parametrize("logit", [float("nan"), float("inf"), -float("inf")])
+def test_an_own_key_of_no_finite_logit_counts_as_any_other(logit):
+    q, v = torch.ones(1, 1, 2, 1), torch.tensor([3.0, 5.0]).reshape(1, 1, 2, 1)
+    bias, own = (
+        torch.tensor([logit, 0.0, 0.0, 0.0]).reshape(1, 1, 2, 2),
+        torch.tensor([[True, False]]),
+    )
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    found = gathered_attention(q, q, v, none, own=own, attn_bias=bias)
+    expected = 0.0 if logit == -float("inf") else float("nan")
+    torch.testing.assert_close(
+        found.flatten(), torch.tensor([expected, 0.0]), equal_nan=True, rtol=0, atol=0
+    )

@@ -14,8 +14,10 @@ from regularizers._shared.checks import (
     check_same_device,
     check_same_dtype,
     check_tensor,
+    known_range,
 )
 from regularizers.ops._operator import accumulate_dtype
+from regularizers.ops._sinkhorn_reference import within
 
 NORMS = ("l1", "linf")
 COSTS = ("sqeuclidean", "euclidean", "cosine")
@@ -161,14 +163,25 @@ def point_arguments(
         )
     rows = sizes_of("row_sizes", row_sizes, x, batch)
     columns = sizes_of("column_sizes", column_sizes, x, batch)
-    return batch, (
-        x.reshape(batch.numel(), *x.shape[-2:]),
-        y.reshape(batch.numel(), *y.shape[-2:]),
-        masses("a", a, x, batch, x.shape[-2], rows),
-        masses("b", b, x, batch, y.shape[-2], columns),
-        strengths("epsilon", epsilon, x, batch),
-        (rows, columns),
-    )
+    row_mass = masses("a", a, x, batch, x.shape[-2], rows)
+    column_mass = masses("b", b, x, batch, y.shape[-2], columns)
+    x = x.reshape(batch.numel(), *x.shape[-2:])
+    y = y.reshape(batch.numel(), *y.shape[-2:])
+    _check_points("x", x, within(row_mass, rows))
+    _check_points("y", y, within(column_mass, columns))
+    strength = strengths("epsilon", epsilon, x, batch)
+    return batch, (x, y, row_mass, column_mass, strength, (rows, columns))
+
+
+def _check_points(name: str, points: Tensor, mass: Tensor) -> None:
+    """Check that points with mass are finite, where looking is free.
+
+    Products and roots hide a NaN from the kernels: a distance is rounded up to 0.
+    """
+    if known_range(points) is None:
+        return
+    if not bool((points.isfinite().all(-1) | ~(mass > 0)).all()):
+        raise ValueError(f"{name} must be finite where there is mass, got NaN or infinity")
 
 
 def point_cost(cost: str, scale: float) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regularizers import backend
-from regularizers._shared.checks import check_one_of
+from regularizers._shared.checks import check_one_of, check_tensor
 from regularizers._shared.scheduled import scheduled
 from regularizers.ops._in_place import InPlaceOperator
 from regularizers.ops._operator import LIBRARY, accumulate_dtype
@@ -186,6 +186,7 @@ def decay_amount(
 
 
 def _check_columns(params: Sequence[Tensor], columns: dict[str, Sequence[Tensor]]) -> None:
+    check_tensor("params", params[0])
     dtype, device = params[0].dtype, params[0].device
     if dtype not in TYPES:
         raise TypeError(f"params must be float32, float64, bfloat16 or float16, got {dtype}")
@@ -199,6 +200,7 @@ def _check_columns(params: Sequence[Tensor], columns: dict[str, Sequence[Tensor]
             raise ValueError(f"{name} must hold {len(params)} tensors as params, got {len(column)}")
         want = dtype if name == "params" else due.get(name, wide)
         for tensor, param in zip(column, params, strict=True):
+            check_tensor(name, tensor)
             if tensor.dtype != want:
                 raise TypeError(f"{name} must be {want}, got {tensor.dtype}")
             if tensor.shape != param.shape:

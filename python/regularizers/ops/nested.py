@@ -95,6 +95,8 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() < 1:
         raise ValueError(f"x must have shape [..., features], got {list(x.shape)}")
     check_floating("weight", weight)
+    if bias is not None:
+        check_floating("bias", bias)
     check_shape("weight", weight, (None, x.shape[-1]), "[classes, features of x]")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -132,7 +133,8 @@ def regularized_plan(
         k: nonzeros of a column at most, quadratic only; None for all.
 
     Returns:
-        ``[*, n, m]``, transposed as the cost is, in its dtype.
+        ``[*, n, m]``, transposed as the cost is, in its dtype. Quadratic, a column with a NaN
+        among its scores is NaN.
 
     Raises:
         TypeError: as :func:`transport_dual`.
@@ -250,9 +252,10 @@ def _as_batch(
     alpha: Tensor, beta: Tensor | None, cost: Tensor, a: Any, b: Tensor, *rest: Any
 ) -> tuple[Any, ...]:
     """Merge the batch dimensions into one, as the operators take them."""
-    vectors = (None if v is None else v.reshape(-1, v.shape[-1]) for v in (alpha, beta, a, b))
+    count = math.prod(cost.shape[:-2])  # -1 would be ambiguous where there are no columns
+    vectors = (None if v is None else v.reshape(count, v.shape[-1]) for v in (alpha, beta, a, b))
     alpha, beta, a, b = vectors  # type: ignore[assignment]
-    return alpha, beta, cost.reshape(-1, *cost.shape[-2:]), a, b, *rest
+    return alpha, beta, cost.reshape(count, *cost.shape[-2:]), a, b, *rest
 
 
 def _scores(alpha: Tensor, beta: Tensor | None, cost: Tensor) -> Tensor:
@@ -267,7 +270,8 @@ def _wide_plan(s: Tensor, dual: bool, b: Tensor, gamma: Tensor, k: int, regulari
         return (s / gamma - 1).exp() if dual else b.unsqueeze(-1) * (s / gamma).softmax(-1)
     top, order = largest(s, k)
     kept = top.relu() if dual else (top - simplex_threshold(top, gamma * b)).relu()
-    return torch.zeros_like(s).scatter(-1, order, kept / gamma)
+    plan = torch.zeros_like(s).scatter(-1, order, kept / gamma)
+    return torch.where(s.isnan().any(-1, keepdim=True), torch.nan, plan)
 
 
 def _multipliers(s: Tensor, plan: Tensor, b: Tensor, gamma: Tensor, regularizer: int) -> Tensor:
@@ -279,7 +283,7 @@ def _multipliers(s: Tensor, plan: Tensor, b: Tensor, gamma: Tensor, regularizer:
         support = gamma * ((s / gamma).logsumexp(-1) - b.clamp(min=torch.finfo(b.dtype).tiny).log())
         return torch.where(b > 0, gamma - support, -s.amax(-1))
     on = plan > 0
-    mean = torch.where(on, s - gamma * plan, 0).sum(-1) / on.sum(-1).clamp(min=1)
+    mean = torch.where(on | plan.isnan(), s - gamma * plan, 0).sum(-1) / on.sum(-1).clamp(min=1)
     return -torch.where(b > 0, mean, s.amax(-1))
 
 
@@ -297,7 +301,7 @@ def _dual(
     gamma = gamma.to(alpha.dtype)
     s = _scores(alpha, beta, cost)
     plan = _wide_plan(s, beta is not None, b, gamma, k, regularizer)
-    on = plan > 0
+    on = plan != 0  # NaN too
     products = torch.where(on, s * plan, 0)
     if regularizer == ENTROPIC:
         omega = gamma * torch.where(on, plan * torch.where(on, plan, 1).log(), 0)

@@ -101,10 +101,13 @@ def simplex_threshold(top: Tensor, z: Tensor) -> Tensor:
 
 def _projection(v: Tensor, z: Tensor | None, k: int) -> Tensor:
     """Project the last dimension in plain PyTorch; the specification."""
+    if v.shape[-1] == 0:
+        return v.clone()
     wide = v.to(accumulate_dtype(v.dtype))
     top, order = largest(wide, k)
     kept = top if z is None else top - simplex_threshold(top, z.to(wide.dtype))
-    return torch.zeros_like(wide).scatter(-1, order, kept.relu()).to(v.dtype)
+    projected = torch.zeros_like(wide).scatter(-1, order, kept.relu())
+    return torch.where(wide.isnan().any(-1, keepdim=True), torch.nan, projected).to(v.dtype)
 
 
 def _projection_reference(v: Tensor, z: Tensor | None, k: int) -> Tensor:

@@ -114,12 +114,14 @@ def point_costs(x: Tensor, y: Tensor, cost: int, scale: float) -> Tensor:
     square = (x[:, :, None] - y[:, None]).square().sum(-1)
     if cost == _SQUARED:
         return scale * square
-    return scale * torch.where(square > 0, torch.where(square > 0, square, 1).sqrt(), 0)
+    apart = square != 0  # NaN too, which stays NaN
+    return scale * torch.where(apart, torch.where(apart, square, 1).sqrt(), 0)
 
 
 def _unit(x: Tensor) -> Tensor:
     square = x.square().sum(-1, keepdim=True)
-    return torch.where(square > 0, x / torch.where(square > 0, square, 1).sqrt(), 0)
+    apart = square != 0
+    return torch.where(apart, x / torch.where(apart, square, 1).sqrt(), 0)
 
 
 def _apply(
