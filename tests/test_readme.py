@@ -47,6 +47,17 @@ def _sinkhorn(strength):
     )
 
 
+def _pairs(loss):
+    return Row(
+        f"`pairwise_logsumexp` ({loss}), forward and backward, 8192 points, 128 features",
+        "pairwise",
+        f"{loss}, 8192 points, 128 features, forward and backward",
+        "eager",
+        "torch.compile",
+        "products alone",
+    )
+
+
 ROWS = [
     Row(
         "`dropout_samples`",
@@ -129,6 +140,23 @@ ROWS = [
         "eager",
         "torch.compile",
         "best product",
+    ),
+    *map(_pairs, ("InfoNCE", "dispersive")),
+    Row(
+        "`mini_float_pack`, float32 to RF8",
+        "mini_float",
+        "pack, RF8, float32, 4194304 numbers",
+        "eager",
+        "to(float8_e4m3fn)",
+        "copy",
+    ),
+    Row(
+        "`Muon` step, 48 matrices of 64 x 128",
+        "muon",
+        "Muon, 48 matrices of 64 x 128",
+        "",
+        "torch.optim.Muon",
+        "products",
     ),
     Row(
         "`AdamHD` step, 16 tensors of 2^20",

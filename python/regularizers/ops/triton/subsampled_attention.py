@@ -270,7 +270,9 @@ def _forward(
         mine, _, largest = _own_logits(
             own, queries, k, bias, sample, head, i, features, scale, like, E
         )  # fmt: skip
-        total = (mine >= 0).to(like.dtype)
+        # A logit of -inf hides the key; a NaN or an infinity is to show.
+        total = tl.where(largest == float("-inf"), 0.0, 1.0 + (largest - largest))
+        mine = tl.where(largest == float("-inf"), -1, mine)
         result = _gather(_rows_of(v, sample, head), v[3], mine, value_features, V).to(like.dtype)
     for start in range(0, n, TILE):
         j = _entries(key_index, sample, list_, n, start + tl.arange(0, TILE))
