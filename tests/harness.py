@@ -446,7 +446,16 @@ class MethodContract:
 
 
 def found_by_processes(process, world):
-    """Run ``process(rank, folder)`` in ``world`` processes; return what each saved as RANK.pt."""
+    """Return what ``process(rank)`` gives in each of ``world`` processes of one gloo group."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(process, (folder,), nprocs=world)
+        torch.multiprocessing.spawn(_run_in_group, (process, world, folder), nprocs=world)
         return [torch.load(os.path.join(folder, f"{rank}.pt")) for rank in range(world)]
+
+
+def _run_in_group(rank, process, world, folder):
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=world)
+    torch.save(process(rank), os.path.join(folder, f"{rank}.pt"))
+    torch.distributed.barrier()  # a process that leaves early aborts the other's threads
+    torch.distributed.destroy_process_group()

@@ -1,7 +1,5 @@
 """Losses of a batch that two processes share equal those of one process on the whole batch."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -102,11 +100,7 @@ def _results(rows, group):
     return found
 
 
-def _process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
-    )
+def _process(rank):
     group = dist.group.WORLD
     found = {"even": _results(slice(5 * rank, 5 * (rank + 1)), group)}
     x, weight = _batch()
@@ -120,9 +114,7 @@ def _process(rank, folder):
     rows = slice(5 * rank, 5 * (rank + 1))
     z = (x[rows] @ weight).detach()
     found["random"] = energy_confusion(z, LABELS[rows], pairs="random", process_group=group)
-    torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    dist.barrier()  # a process that leaves early aborts the other's threads
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")

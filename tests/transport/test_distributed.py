@@ -1,7 +1,5 @@
 """Batch statistics over two processes equal those of one process on the concatenated batch."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -70,11 +68,7 @@ def _results(x, weight, group):
     return found
 
 
-def _process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
-    )
+def _process(rank):
     x, weight = _batch()
     rows = slice(5 * rank, 5 * (rank + 1))
     group = dist.group.WORLD
@@ -89,9 +83,7 @@ def _process(rank, folder):
         sliced_gaussian_wasserstein(x[:, :5], num_slices=1, process_group=group)
     except ValueError as error:
         found["error"] = str(error)
-    torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    dist.barrier()  # a process that leaves early aborts the other's threads
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
