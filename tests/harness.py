@@ -445,6 +445,14 @@ class MethodContract:
                 call()
 
 
+def assert_equal_with_gradients(loss, expected, leaves):
+    """Two losses and their gradients in ``leaves`` agree."""
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)
+    )
+
+
 def found_by_processes(process, world):
     """Return what ``process(rank)`` gives in each of ``world`` processes of one gloo group."""
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from regularizers.representation import (
     batch_softmax_loss,
     spread_out_loss,
 )
-from tests.harness import GraphRecorder
+from tests.harness import GraphRecorder, assert_equal_with_gradients
 
 
 def _pairs(n=6, d=4, dtype=torch.float64):
@@ -26,13 +26,6 @@ def _unit(x):
     return x / x.norm(dim=1, keepdim=True)
 
 
-def _assert_equal_with_gradients(loss, expected, leaves):
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)
-    )
-
-
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_contrast_and_its_gradient_are_those_of_cross_entropy(symmetric):
     a, b = _pairs()
@@ -40,9 +33,7 @@ def test_contrast_and_its_gradient_are_those_of_cross_entropy(symmetric):
     expected = F.cross_entropy(logits, torch.arange(6))
     if symmetric:
         expected = (expected + F.cross_entropy(logits.T, torch.arange(6))) / 2
-    _assert_equal_with_gradients(
-        batch_contrastive_loss(a, b, symmetric=symmetric), expected, (a, b)
-    )
+    assert_equal_with_gradients(batch_contrastive_loss(a, b, symmetric=symmetric), expected, (a, b))
 
 
 def test_equal_embeddings_cost_the_logarithm_of_the_batch():
@@ -59,7 +50,7 @@ def test_batch_softmax_and_its_gradient_are_those_of_cross_entropy(corrected):
     if corrected:
         logits = logits - log_q.detach()
     loss = batch_softmax_loss(a, b, temperature=0.5, log_q=log_q if corrected else None)
-    _assert_equal_with_gradients(loss, F.cross_entropy(logits, torch.arange(6)), (a, b))
+    assert_equal_with_gradients(loss, F.cross_entropy(logits, torch.arange(6)), (a, b))
     loss = batch_softmax_loss(a, b, temperature=0.5, log_q=log_q)
     loss.backward()
     assert log_q.grad is None
@@ -77,7 +68,7 @@ def test_a_constant_in_log_q_changes_nothing():
 def test_spread_out_is_the_contrast_without_views():
     a, _ = _pairs()
     loss = spread_out_loss(a, temperature=0.3)
-    _assert_equal_with_gradients(loss, batch_contrastive_loss(a, a, temperature=0.3), (a,))
+    assert_equal_with_gradients(loss, batch_contrastive_loss(a, a, temperature=0.3), (a,))
 
 
 def test_second_moment_is_that_of_all_pairs():
@@ -86,7 +77,7 @@ def test_second_moment_is_that_of_all_pairs():
     off = similarity[~torch.eye(6, dtype=torch.bool)]
     expected = off.mean() ** 2 + (off.square().mean() - 1 / 4).clamp(min=0)
     assert off.square().mean() > 1 / 4  # the second term is at work
-    _assert_equal_with_gradients(spread_out_loss(a, form="second_moment"), expected, (a,))
+    assert_equal_with_gradients(spread_out_loss(a, form="second_moment"), expected, (a,))
 
 
 def test_second_moment_spreads_a_bundle_of_directions():

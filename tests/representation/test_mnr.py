@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from regularizers.representation import mnr, mnr_loss, mnr_plus_loss
-from tests.harness import GraphRecorder
+from tests.harness import GraphRecorder, assert_equal_with_gradients
 
 
 def _pairs(n=7, d=5, dtype=torch.float64):
@@ -20,20 +20,13 @@ def _unit(x):
     return x / x.norm(dim=1, keepdim=True)
 
 
-def _assert_equal_with_gradients(loss, expected, leaves):
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)
-    )
-
-
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 def test_loss_and_gradient_are_those_of_cross_entropy(scale, normalize):
     a, b = _pairs()
     prepare = _unit if normalize else lambda x: x
     logits = scale * prepare(a) @ prepare(b).T
-    _assert_equal_with_gradients(
+    assert_equal_with_gradients(
         mnr_loss(a, b, scale=scale, normalize=normalize),
         F.cross_entropy(logits, torch.arange(7)),
         (a, b),
@@ -44,7 +37,7 @@ def test_further_negatives_are_further_columns():
     a, b = _pairs()
     negatives = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     logits = 2 * _unit(a) @ _unit(torch.cat([b, negatives])).T
-    _assert_equal_with_gradients(
+    assert_equal_with_gradients(
         mnr_loss(a, b, scale=2, normalize=True, negatives=negatives),
         F.cross_entropy(logits, torch.arange(7)),
         (a, b, negatives),
@@ -98,7 +91,7 @@ def test_order_of_pairs_does_not_matter(loss):
 def test_a_learned_scale_gets_the_gradient_of_cross_entropy():
     a, b = _pairs()
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    _assert_equal_with_gradients(
+    assert_equal_with_gradients(
         mnr_loss(a, b, scale=scale),
         F.cross_entropy(scale * a @ b.T, torch.arange(7)),
         (scale, a, b),
@@ -132,7 +125,7 @@ def _plus(a, b, scale, targets):
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 def test_plus_loss_and_gradient_are_those_of_the_matrices(scale, targets):
     a, b = _pairs()
-    _assert_equal_with_gradients(
+    assert_equal_with_gradients(
         mnr_plus_loss(a, b, scale=scale, targets=targets), _plus(a, b, scale, targets), (a, b)
     )
 

@@ -250,7 +250,7 @@ def test_block_that_does_not_run_is_named():
     model = _Denoiser()
     model.unused = nn.Linear(3, 12)
     repa = REPA(model, "unused", 12, [5], projector_dim=7)
-    with pytest.raises(ValueError, match="tap 'unused' must run"):
+    with pytest.raises(ValueError, match="tap 'unused' did not run"):
         repa(torch.randn(2, 4, 8), torch.rand(2), targets=torch.randn(2, 4, 5))
 
 

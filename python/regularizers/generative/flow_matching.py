@@ -13,7 +13,7 @@ from regularizers._shared.checks import (
     check_one_of,
 )
 from regularizers._shared.flow_path import PATHS, Path, on_path
-from regularizers._shared.reductions import REDUCTIONS, Reduction
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops._operator import loss_dtype
 
 
@@ -98,6 +98,4 @@ def flow_matching_loss(
         )
     wide = torch.promote_types(data.dtype, torch.float32)
     squares = (predicted.to(wide) - velocity.to(wide)).square()
-    if reduction == "none":
-        return squares.to(loss_dtype(data))
-    return (squares.mean() if reduction == "mean" else squares.sum()).to(loss_dtype(data))
+    return reduce_rows(squares, reduction).to(loss_dtype(data))

@@ -20,6 +20,7 @@ from regularizers._shared.checks import (
     check_values,
 )
 from regularizers._shared.distributed import gather_batch, gather_rows
+from regularizers._shared.moments import covariance
 from regularizers._shared.scheduled import scheduled
 from regularizers.ops._operator import accumulate_dtype, full_precision
 
@@ -202,11 +203,8 @@ def fccov_loss(
     check_shape("f", f, (None, None), "[N, D]")
     strength = scheduled("lam", lam, f, check_not_negative)
     rows = gather_batch(f.to(accumulate_dtype(f.dtype)), process_group)
-    centred = rows - rows.mean(0)
-    with full_precision(rows.device):
-        covariance = centred.T @ centred / len(rows)
-    unit = torch.eye(len(covariance), dtype=rows.dtype, device=rows.device)
-    penalty = (covariance - unit).square().sum()
+    unit = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    penalty = (covariance(rows, correction=0) - unit).square().sum()
     return strength.to(rows.dtype) * penalty - fccov(rows, dist)
 
 

@@ -20,12 +20,11 @@ from regularizers._shared.checks import (
 )
 from regularizers._shared.distributed import gather_batch
 from regularizers._shared.gaussian import kl_standard_normal, reparameterize
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers._shared.scheduled import scheduled
 from regularizers.information.estimators import kernel_information
 from regularizers.ops._operator import accumulate_dtype, full_precision
 
-Reduction = Literal["mean", "sum", "none"]
-REDUCTIONS = ("mean", "sum", "none")
 Estimate = Literal["pairwise", "moment", "smallest", "lower"]
 ESTIMATES = ("pairwise", "moment", "smallest", "lower")
 
@@ -197,9 +196,7 @@ def mid_loss(
     error = F.cross_entropy(logits.to(wide), target, reduction="none")
     known = kl_standard_normal(mu.to(wide), std=std.to(wide)).sum(1)
     losses = error + strength.to(wide) * known
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
+    return reduce_rows(losses, reduction)
 
 
 def gaussian_output_information(

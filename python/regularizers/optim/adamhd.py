@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from regularizers._shared.checks import check_fraction, check_one_of, check_positive
+from regularizers._shared.reductions import reduce_rows
 from regularizers.optim._batch import Batch, State, global_sums, local
 from regularizers.optim.base import MODES, DecoupledOptimizer, Group
 from regularizers.optim.decay import huber_decay_
@@ -229,9 +230,7 @@ def huber_penalty(
     size = p.abs()
     inner = size.clamp(max=delta)
     value = inner * (size - inner / 2)
-    if reduction == "none":
-        return value
-    return value.sum() if reduction == "sum" else value.mean()
+    return reduce_rows(value, reduction)
 
 
 class HuberDecay:

@@ -16,9 +16,8 @@ from regularizers._shared.checks import (
     check_tensor,
     check_values,
 )
+from regularizers._shared.reductions import REDUCTIONS
 from regularizers.ops._operator import accumulate_dtype
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def stablemax(x: Tensor, *, dim: int = -1) -> Tensor:

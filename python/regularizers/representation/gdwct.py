@@ -21,7 +21,7 @@ from regularizers._shared.checks import (
 from regularizers._shared.directions import unit
 from regularizers._shared.distributed import add_up
 from regularizers._shared.moments import center
-from regularizers._shared.reductions import REDUCTIONS, Reduction
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops._operator import accumulate_dtype, full_precision
 
 ColoringForm = Literal["gram", "direct"]
@@ -398,15 +398,13 @@ def _group_covariance(
     return products / (count - 1) + eps * identity
 
 
-def _distance_to_identity(name: str, matrix: Tensor, reduction: str) -> Tensor:
+def _distance_to_identity(name: str, matrix: Tensor, reduction: Reduction) -> Tensor:
     check_one_of("reduction", reduction, REDUCTIONS)
     _check_square(name, matrix)
     matrix = matrix.to(accumulate_dtype(matrix.dtype))
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     entries = (matrix - identity).abs()
-    if reduction == "none":
-        return entries
-    return entries.mean() if reduction == "mean" else entries.sum()
+    return reduce_rows(entries, reduction)
 
 
 def _check_square(name: str, matrix: Tensor) -> None:

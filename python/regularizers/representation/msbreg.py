@@ -21,7 +21,7 @@ from regularizers._shared.checks import (
 from regularizers._shared.directions import unit
 from regularizers._shared.distributed import add_up, gather_batch
 from regularizers._shared.moments import gram
-from regularizers._shared.reductions import REDUCTIONS, Reduction
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers._shared.scheduled import ScheduledModule
 
 Centroid = Literal["target", "both"]
@@ -94,7 +94,7 @@ def multiview_centroid_loss(
         z = unit(z.mean(1, keepdim=True))
     terms = (z - center).square().sum(-1)  # keeps the digits that 2 - 2 cos loses near 0
     terms = terms / 2 if form == "cosine" else terms
-    return _reduced(terms.squeeze(1) if centroid == "both" else terms, reduction)
+    return reduce_rows(terms.squeeze(1) if centroid == "both" else terms, reduction)
 
 
 def brownian_diffusive_loss(
@@ -152,7 +152,7 @@ def brownian_diffusive_loss(
             f"directions must have shape [{len(z)}, 1 or {z.shape[1]}, {z.shape[2]}], "
             f"got {list(directions.shape)}"
         )
-    return _reduced((rows * directions.detach().to(rows.dtype)).sum(-1), reduction)
+    return reduce_rows((rows * directions.detach().to(rows.dtype)).sum(-1), reduction)
 
 
 def singular_value_loss(
@@ -383,9 +383,3 @@ def _check_views(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name} must have shape [B >= 1, V >= 1, D >= 1], got {list(tensor.shape)}"
         )
-
-
-def _reduced(terms: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return terms
-    return terms.mean() if reduction == "mean" else terms.sum()

@@ -27,6 +27,7 @@ from regularizers._shared.flow_path import PATHS, Path, on_path
 from regularizers._shared.grid import token_grid
 from regularizers._shared.reductions import REDUCTIONS, Reduction
 from regularizers._shared.scheduled import ScheduledModule
+from regularizers._shared.taps import StandingTap
 from regularizers.ops._operator import accumulate_dtype
 from regularizers.ops.pairwise import pairwise_logsumexp
 
@@ -207,32 +208,6 @@ class REPAProjector(nn.Module):
         return projected
 
 
-class _Listener:
-    """A forward hook that keeps what a module returns while it listens.
-
-    It stays on the module: ``_shared.taps.ActivationTap`` puts its hooks on and off around a call,
-    which ``torch.compile`` cannot trace. When it does not listen, as where activation checkpointing
-    runs the module again, it holds on to nothing.
-    """
-
-    def __init__(self) -> None:
-        self._listening = False
-        self._output: Any = None
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._listening:
-            self._output = output
-
-    def start(self) -> None:
-        self._listening = True
-
-    def stop(self) -> Any:
-        """Return what was heard, or None, and forget it."""
-        output, self._output = self._output, None
-        self._listening = False
-        return output
-
-
 class REPA(ScheduledModule):
     r"""Run a denoiser and align one of its blocks with the features of frozen encoders.
 
@@ -290,17 +265,13 @@ class REPA(ScheduledModule):
     ) -> None:
         super().__init__()
         check_module("model", model)
-        modules = dict(model.named_modules())
-        if tap not in modules:
-            raise ValueError(f"tap names no submodule of the model, got {tap!r}")
         if len(target_dims) == 0:
             raise ValueError("target_dims must name one encoder at least, got none")
         check_one_of("similarity", similarity, _SIMILARITIES)
         check_positive("temperature", temperature)
         self.model = model
         self.tap = tap
-        self._listener = _Listener()
-        modules[tap].register_forward_hook(self._listener)
+        self._listener = StandingTap(model, [tap])
         self.hidden_dim = hidden_dim
         self.projectors = nn.ModuleList(
             REPAProjector(hidden_dim, dim, projector_dim=projector_dim) for dim in target_dims
@@ -327,15 +298,7 @@ class REPA(ScheduledModule):
             target_grid: as for :func:`repa_loss`.
             kwargs: of the model.
         """
-        self._listener.start()
-        try:
-            output = self.model(*args, **kwargs)
-        finally:
-            hidden = self._listener.stop()
-        if not isinstance(hidden, Tensor):
-            raise ValueError(
-                f"tap {self.tap!r} must run and return a tensor, got {type(hidden).__name__}"
-            )
+        output, (hidden,) = self._listener.run(self.model, *args, **kwargs)
         check_shape("tap", hidden, (None, None, self.hidden_dim), "[batch, tokens, hidden_dim]")
         align = repa_loss(
             [projector(hidden) for projector in self.projectors],

@@ -18,14 +18,13 @@ from regularizers._shared.checks import (
     check_tensor,
     check_values,
 )
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers._shared.scheduled import ScheduledModule
 from regularizers.ops._operator import accumulate_dtype, full_precision
 from regularizers.representation.sae import TopKSAE
 
 Form = Literal["sq", "abs", "signed"]
-Reduction = Literal["mean", "sum", "none"]
 FORMS = ("sq", "abs", "signed")
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def feature_similarity_penalty(
@@ -126,9 +125,7 @@ def _penalty(
     with full_precision(weight.device):
         cosine = _unit(rows) @ unit.T
     similarity = cosine.square() if form == "sq" else cosine.abs() if form == "abs" else cosine
-    if reduction == "none":
-        return similarity
-    return similarity.mean() if reduction == "mean" else similarity.sum()
+    return reduce_rows(similarity, reduction)
 
 
 class UnintendedFeatureRegularizer(ScheduledModule):

@@ -18,6 +18,7 @@ from regularizers._shared.checks import (
     check_same_device,
     check_shape,
 )
+from regularizers._shared.reductions import Reduction, reduce_rows
 from regularizers.ops._operator import accumulate_dtype, transformed
 from regularizers.ops.sparse_ot import (
     DUAL,
@@ -30,7 +31,6 @@ from regularizers.ops.transport_potentials import SOLVERS
 
 Formulation = Literal["semi_dual", "dual"]
 Solver = Literal["lbfgs", "newton", "adam", "bcd"]
-Reduction = Literal["mean", "sum", "none"]
 
 
 class OTRegularizer(ABC):
@@ -524,9 +524,7 @@ class RegularizedOTLoss(nn.Module):
         values = problem.objective(alpha, beta)[0].to(C.dtype)
         if C.dim() == 2:
             return values[0]
-        if self.reduction == "none":
-            return values
-        return values.mean() if self.reduction == "mean" else values.sum()
+        return reduce_rows(values, self.reduction)
 
     def extra_repr(self) -> str:
         """Describe the configuration."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regularizers._shared.checks import check_at_least, check_floating, check_one_of
 from regularizers._shared.randomness import draw_seed
-from regularizers._shared.reductions import REDUCTIONS, Reduction
+from regularizers._shared.reductions import REDUCTIONS, Reduction, reduce_rows
 from regularizers.ops.philox import rademacher
 from regularizers.transport.cost import TICost
 
@@ -82,9 +82,7 @@ def conservative_penalty(
 
     penalties: Tensor = torch.func.vmap(asymmetry)(probes)
     penalty = penalties.mean(0)
-    if reduction == "none":
-        return penalty
-    return penalty.mean() if reduction == "mean" else penalty.sum()
+    return reduce_rows(penalty, reduction)
 
 
 class StructuredMap(nn.Module):
